@@ -1,0 +1,140 @@
+"""Inverse-Hessian-vector products (IHVP): x = (H + rho I)^{-1} v for the Hessian H of any PyTorch loss.
+
+Everything works on flat vectors; how parameters are raveled is the caller's business. Five lines suffice:
+
+    w = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    loss = lambda w: ((targets - model_on_flat_parameters(w, inputs)) ** 2).mean()
+    grad_fn = lambda w: torch.autograd.grad(loss(w), w, create_graph=True)[0]
+    v = torch.randn_like(w)
+    x, info = nystrom_ihvp(grad_fn, w, v, rank=5, rho=50.0)
+
+The Nystrom method knows H only through a sketch Y = H Omega, that is `rank` Hessian-vector products, and replaces H by
+H_q = Y (Omega^T Y)^+ Y^T. With the columns of Omega taken from the identity this is the BLPO poster's formula
+
+    (H_q + rho I)^{-1} v = v / rho - C (M + C^T C / rho)^{-1} C^T v / rho^2,    C = H[:, Q],  M = H[Q, Q],
+
+and with a Gaussian Omega the randomized Nystrom approximation of Frangella, Tropp & Udell (arXiv:2110.02820). The raw
+formula is unsafe: the Hessian of a non-linear least-squares loss is indefinite, and M + C^T C / rho can be singular. Here
+the directions in which the symmetrised M is not safely positive are dropped, in float64, so that H_q is positive
+semidefinite and ||x|| <= ||v|| / rho always holds.
+"""
+
+import math
+
+import torch
+
+SKETCHES = ("v-gaussian", "gaussian", "columns")
+
+
+def sketch_matrix(kind, v, rank, generator=None):
+    """The matrix Omega (p, rank) whose Hessian-vector products make the sketch.
+
+    "columns": distinct random coordinate vectors (the poster's method). "gaussian": standard normal columns of about unit
+    length. "v-gaussian": the same with v / ||v|| first, which makes H_q exact on v itself: at the same cost the error of x
+    falls by one to two orders of magnitude when rho is large, since x is then close to v / rho - H v / rho^2.
+    """
+    if kind not in SKETCHES:
+        raise ValueError(f"kind must be one of {SKETCHES}, got {kind!r}")
+    if not 0 <= rank <= len(v):
+        raise ValueError(f"rank must lie between 0 and the number of parameters {len(v)}, got {rank}")
+    like = dict(dtype=v.dtype, device=v.device)
+    if kind == "columns":
+        chosen = torch.randperm(len(v), generator=generator, device=v.device)[:rank]
+        return torch.zeros(len(v), rank, **like).index_put_((chosen, torch.arange(rank)), torch.ones((), **like))
+    omega = torch.randn(len(v), rank, generator=generator, **like) / math.sqrt(len(v))
+    if kind == "v-gaussian" and rank > 0:
+        omega[:, 0] = v / v.norm().clamp_min(torch.finfo(v.dtype).tiny)
+    return omega
+
+
+def hessian_sketch(grad_fn, w, omega):
+    """Y = H(w) Omega, shape (p, q): q Hessian-vector products in one batched double backward.
+
+    grad_fn maps a flat w (p,) that requires grad to the flat gradient (p,), differentiably (`create_graph=True`).
+    """
+    if w.ndim != 1 or omega.ndim != 2 or len(omega) != len(w):
+        raise ValueError(f"omega must have shape ({w.numel()}, q) for w of shape (p,), got {tuple(omega.shape)}")
+    if omega.shape[1] == 0:
+        return torch.zeros_like(omega)
+    w = w.detach().requires_grad_()
+    gradient = grad_fn(w)
+    # H is symmetric, so the vector-Jacobian products of the gradient are Hessian-vector products.
+    return torch.autograd.grad(gradient, w, omega.T, is_grads_batched=True)[0].T
+
+
+def nystrom_solve(Y, omega, v, rho, tol=1e-7):
+    """x = (H_q + rho I)^{-1} v from a sketch Y = H Omega: pure linear algebra, no autograd, no randomness.
+
+    Shapes: Y and omega (p, q), v (p,). Eigen-directions of Omega^T Y with an eigenvalue <= tol times the largest are
+    dropped. Returns x in v's dtype and info: "correction" = ||x - v / rho|| / ||v / rho|| and "rank", the directions kept.
+    """
+    _check(v, rho)
+    if Y.shape != omega.shape or Y.ndim != 2 or len(Y) != len(v):
+        raise ValueError(f"Y and omega must both have shape ({len(v)}, q), got {tuple(Y.shape)} and {tuple(omega.shape)}")
+    scale = v.abs().max().double()  # normalised first: a tiny float32 v must not underflow when it is squared
+    if scale == 0 or Y.shape[1] == 0:
+        return v / rho, {"correction": 0.0, "rank": 0}
+    if not torch.isfinite(Y).all():
+        raise ValueError("Y must be finite; the Hessian-vector products overflowed")
+    Y, omega, unit = Y.double(), omega.double(), v.double() / scale
+    M = omega.T @ Y
+    eigenvalues, U = torch.linalg.eigh((M + M.T) / 2)
+    keep = eigenvalues > tol * eigenvalues[-1].clamp_min(0)
+    F = Y @ (U[:, keep] / eigenvalues[keep].sqrt())  # H_q = F F^T, (p, kept)
+    # Woodbury: (F F^T + rho I)^{-1} v = (v - F (rho I + F^T F)^{-1} F^T v) / rho
+    inner = F.T @ F + rho * torch.eye(F.shape[1], dtype=F.dtype, device=F.device)
+    change = F @ torch.linalg.solve(inner, F.T @ unit)
+    x = (unit - change) * (scale / rho)
+    return x.to(v.dtype), {"correction": float(change.norm() / unit.norm()), "rank": int(keep.sum())}
+
+
+def nystrom_ihvp(grad_fn, w, v, rank=5, rho=50.0, sketch="v-gaussian", generator=None):
+    """Sketch the Hessian of the loss at w with `rank` products and solve: the two steps above in one call."""
+    _check(v, rho)
+    omega = sketch_matrix(sketch, v, rank, generator)
+    return nystrom_solve(hessian_sketch(grad_fn, w, omega), omega, v, rho)
+
+
+def cg_ihvp(grad_fn, w, v, rho=50.0, max_iters=50, tol=1e-5, preconditioner=None):
+    """Conjugate gradient on (H + rho I) x = v, one Hessian-vector product an iteration.
+
+    Stops when ||r|| <= tol ||v||, after max_iters, or on a direction of non-positive or non-finite curvature, where it
+    keeps the x it has (v / rho if it has none). `preconditioner` maps a residual r (p,) to an approximation of
+    (H + rho I)^{-1} r, for example r -> nystrom_solve(Y, omega, r, rho)[0]. Returns x and info: "correction" as above,
+    "residual" = ||(H + rho I) x - v|| / ||v||, "iterations" and "negative_curvature".
+    """
+    _check(v, rho)
+    if w.shape != v.shape:
+        raise ValueError(f"w and v must have the same shape, got {tuple(w.shape)} and {tuple(v.shape)}")
+    norm_v = float(v.norm())
+    if norm_v == 0:
+        return v / rho, {"correction": 0.0, "residual": 0.0, "iterations": 0, "negative_curvature": False}
+    w = w.detach().requires_grad_()
+    gradient = grad_fn(w)
+    x, r = torch.zeros_like(v), v / norm_v
+    z = r if preconditioner is None else preconditioner(r)
+    direction, rz = z, r @ z
+    iterations, negative_curvature = 0, False
+    while iterations < max_iters and float(r.norm()) > tol:
+        product = torch.autograd.grad(gradient, w, direction, retain_graph=True)[0] + rho * direction
+        curvature = float(direction @ product)
+        if not 0 < curvature < math.inf:
+            negative_curvature = True
+            break
+        step = rz / curvature
+        x, r = x + step * direction, r - step * product
+        z = r if preconditioner is None else preconditioner(r)
+        rz, rz_old = r @ z, rz
+        direction = z + (rz / rz_old) * direction
+        iterations += 1
+    x = x * norm_v if iterations else v / rho
+    residual = float(r.norm()) if iterations else math.nan
+    correction = float((x - v / rho).norm() * (rho / norm_v))
+    return x, {"correction": correction, "residual": residual, "iterations": iterations, "negative_curvature": negative_curvature}
+
+
+def _check(v, rho):
+    if v.ndim != 1 or not torch.isfinite(v).all():
+        raise ValueError("v must be a flat vector of finite numbers")
+    if not 0 < rho < math.inf:
+        raise ValueError(f"rho must be positive and finite, got {rho}")
