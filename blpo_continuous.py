@@ -294,12 +294,12 @@ def gae(rewards, values, next_values, terminated, matrix, gamma: float):
 
 
 def critic_loss(values, returns):
-    """The follower's objective g."""
+    """Mean squared error of the value, without the factor one half."""
     return (returns - values).square().mean()
 
 
 def policy_loss(ratio, advantages, clip: float):
-    """The leader's objective f: PPO's clipped surrogate, to be minimised."""
+    """PPO's clipped surrogate, to be minimised."""
     return -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
 
 

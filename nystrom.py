@@ -62,11 +62,11 @@ def hessian_sketch(grad_fn, w, omega):
     return torch.autograd.grad(gradient, w, omega.T, is_grads_batched=True)[0].T
 
 
-def nystrom_solve(Y, omega, v, rho, tol=1e-7):
+def nystrom_solve(Y, omega, v, rho):
     """x = (H_q + rho I)^{-1} v from a sketch Y = H Omega: pure linear algebra, no autograd, no randomness.
 
-    Shapes: Y and omega (p, q), v (p,). Eigen-directions of Omega^T Y with an eigenvalue <= tol times the largest are
-    dropped. Returns x in v's dtype and info: "correction" = ||x - v / rho|| / ||v / rho|| and "rank", the directions kept.
+    Shapes: Y and omega (p, q), v (p,). Eigen-directions of Omega^T Y with an eigenvalue below the rounding error of the
+    largest, in Y's own precision, are dropped. Returns x in v's dtype and info: "correction" = ||x - v / rho|| / ||v / rho|| and "rank", the directions kept.
     """
     _check(v, rho)
     if Y.shape != omega.shape or Y.ndim != 2 or len(Y) != len(v):
@@ -76,6 +76,7 @@ def nystrom_solve(Y, omega, v, rho, tol=1e-7):
         return v / rho, {"correction": 0.0, "rank": 0}
     if not torch.isfinite(Y).all():
         raise ValueError("Y must be finite; the Hessian-vector products overflowed")
+    tol = 10 * torch.finfo(Y.dtype).eps
     Y, omega, unit = Y.double(), omega.double(), v.double() / scale
     M = omega.T @ Y
     eigenvalues, U = torch.linalg.eigh((M + M.T) / 2)

@@ -1,0 +1,540 @@
+"""Proximal policy optimization (PPO) for continuous actions, in one file: the baseline of blpo_continuous.py.
+
+Schulman et al., "Proximal Policy Optimization Algorithms" (arXiv:1707.06347), with the details and the default flags of
+CleanRL's ppo_continuous_action.py: advantage normalisation, orthogonal initialisation, annealing, clipped value loss, joint
+gradient clipping. Deliberate deviations: an episode cut by a time limit bootstraps from its true last state; actor and
+critic have an optimizer each (the same update, Adam being separable); GAE is one product with the matrix Gamma.
+
+For a comparison in which only the bilevel parts differ, give it BLPO's rollouts, minibatches and step sizes (README.md,
+"PPO, matched"). `diff ppo_continuous.py blpo_continuous.py` is the method.
+"""
+
+import contextlib
+import csv
+import difflib
+import importlib
+import importlib.metadata
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import defaultdict, deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env_id: str = "Walker2d-v4"
+    """Gymnasium id of an environment with a Box action space ("module:id" imports the module first)"""
+    exp_name: str = Path(__file__).stem
+    """name of the experiment, part of the run folder's name"""
+    seed: int = 1
+    """seed of the environments, the networks, the exploration noise and the minibatches"""
+    total_timesteps: int = 1_000_000
+    """environment steps in total, over all environments"""
+    runs_dir: str = "runs"
+    """folder that receives the run folder {env_id}__{exp_name}__{seed}__{unix time}"""
+    eval_episodes: int = 10
+    """episodes of the deterministic evaluation at the end (0: none)"""
+    cuda: bool = False
+    """train on the GPU; for networks of this size the CPU is faster"""
+    track: bool = False
+    """log to Weights and Biases too (WANDB_MODE=offline needs no account, WANDB_PROJECT names the project)"""
+    num_envs: int = 1
+    """parallel environments"""
+    num_steps: int = 2048
+    """steps of each environment per rollout"""
+    num_minibatches: int = 32
+    """minibatches per epoch: must divide num_envs * num_steps"""
+    trajectory_minibatches: bool = False
+    """minibatches of whole trajectories instead of single steps: num_minibatches must then divide num_envs"""
+    update_epochs: int = 10
+    """passes over a rollout"""
+    actor_lr: float = 3e-4
+    """Adam step size of the actor"""
+    critic_lr: float = 3e-4
+    """Adam step size of the critic"""
+    anneal_lr: bool = True
+    """decay both step sizes linearly to 0 over the iterations"""
+    gamma: float = 0.99
+    """discount factor"""
+    gae_lambda: float = 0.95
+    """lambda of generalised advantage estimation"""
+    norm_obs: bool = True
+    """normalise observations by running statistics, shared by all environments"""
+    norm_reward: bool = True
+    """divide rewards by the running standard deviation of the discounted return"""
+    norm_adv: bool = True
+    """normalise advantages per minibatch"""
+    clip_coef: float = 0.2
+    """clip range of the probability ratio"""
+    ent_coef: float = 0.0
+    """weight of the entropy bonus"""
+    max_grad_norm: float = 0.5
+    """gradient norm at which each network's gradient is clipped"""
+    joint_grad_clip: bool = True
+    """clip the gradient norm of both networks together"""
+    vf_coef: float = 0.5
+    """weight of the value loss, itself half a mean square"""
+    clip_vloss: bool = True
+    """clip the change of the value, too, by clip_coef"""
+
+
+def fail(message: str, status: int = 2):
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The command line as Args; tyro's boxed complaints become one line, exit status 2."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(Args, args=argv, description=__doc__)
+    except SystemExit as stop:
+        if stop.code:
+            _title, *body = [line.strip("│╭╮╰╯─ ") for line in complaint.getvalue().splitlines()]
+            fail(" ".join(itertools.takewhile(bool, body)) + " (--help lists all flags)")
+        raise
+
+
+def check_args(args: Args) -> None:
+    """Refuses what cannot work before any work starts; every message names the flag and the fix."""
+
+    def require(must, ok, *flags):
+        for flag in flags:
+            if not ok(getattr(args, flag)):
+                fail(f"--{flag.replace('_', '-')} must {must}, got {getattr(args, flag)!r}")
+
+    require("be at least 1", lambda n: n >= 1, "total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs")
+    require("be positive and finite", lambda x: 0 < x < math.inf, "actor_lr", "critic_lr", "max_grad_norm", "clip_coef")
+    require("lie in [0, 1]", lambda x: 0 <= x <= 1, "gamma", "gae_lambda")
+    require("be 0 or positive, and finite", lambda x: 0 <= x < math.inf, "ent_coef", "eval_episodes")
+    require("lie in [0, 2^31)", lambda n: 0 <= n < 2**31, "seed")
+    require("be positive and finite", lambda x: 0 < x < math.inf, "vf_coef")
+
+    rollout = args.num_envs * args.num_steps
+    require(f"be at least one rollout, num_envs * num_steps = {rollout}", lambda n: n >= rollout, "total_timesteps")
+    parts, what = (args.num_envs, "--num-envs") if args.trajectory_minibatches else (rollout, "num_envs * num_steps =")
+    require(f"divide {what} {parts}", lambda n: parts % n == 0, "num_minibatches")
+    require("be off: torch finds no GPU here", lambda on: not on or torch.cuda.is_available(), "cuda")
+    module, _, name = args.env_id.rpartition(":")
+    try:
+        if module:
+            importlib.import_module(module)
+        spec = gym.spec(name)
+    except (ImportError, gym.error.Error) as problem:
+        close = difflib.get_close_matches(name, gym.registry, n=3)
+        fail(f"--env-id {args.env_id}: {problem}" + f" Close: {', '.join(close)}." * bool(close))
+    if spec.id == "Pusher-v4" and int(importlib.metadata.version("mujoco").split(".")[0]) >= 3:
+        fail("--env-id Pusher-v4 needs mujoco < 3: use Pusher-v5")
+    try:
+        os.makedirs(args.runs_dir, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=args.runs_dir).cleanup()
+    except OSError as problem:
+        fail(f"--runs-dir {args.runs_dir} is not writable ({problem.strerror}): name another folder")
+
+
+def make_env(env_id: str) -> gym.Env:
+    env = gym.make(env_id, disable_env_checker=True)
+    if not (isinstance(env.observation_space, gym.spaces.Box) and len(env.observation_space.shape) == 1):
+        env = gym.wrappers.FlattenObservation(env)  # dm_control's dictionaries, images
+    return env
+
+
+def make_envs(args: Args) -> gym.vector.SyncVectorEnv:
+    try:
+        # SAME_STEP: the step that ends an episode returns the next one's first observation, the true last one in infos
+        thunks = [lambda: make_env(args.env_id)] * args.num_envs
+        envs = gym.vector.SyncVectorEnv(thunks, copy=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    except Exception as problem:  # whatever a foreign environment raises
+        fail(f"--env-id {args.env_id} cannot be made: {problem}")
+    if isinstance(envs.single_action_space, gym.spaces.Discrete):
+        fail(f"--env-id {args.env_id} has discrete actions: use blpo_discrete.py")
+    if not isinstance(envs.single_action_space, gym.spaces.Box):
+        fail(f"--env-id {args.env_id} has actions {envs.single_action_space}: name an environment with a Box action space")
+    return envs
+
+
+class RunningMeanStd:
+    """Mean and variance of a stream of batches, merged as in Chan et al. (1979)."""
+
+    def __init__(self, shape=()):
+        self.mean, self.var, self.count = np.zeros(shape), np.ones(shape), 1e-4
+
+    def update(self, x):  # (n, *shape)
+        delta, total = x.mean(0) - self.mean, self.count + len(x)
+        m2 = self.var * self.count + x.var(0) * len(x) + delta**2 * self.count * len(x) / total
+        self.mean, self.var, self.count = self.mean + delta * len(x) / total, m2 / total, total
+
+    def normalize(self, x):
+        return np.clip((x - self.mean) / np.sqrt(self.var + 1e-8), -10, 10)
+
+
+def layer_init(layer: nn.Linear, std: float = math.sqrt(2)) -> nn.Linear:
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def mlp(inputs: int, outputs: int, std: float) -> nn.Sequential:
+    hidden = [layer_init(nn.Linear(inputs, 64)), nn.Tanh(), layer_init(nn.Linear(64, 64)), nn.Tanh()]
+    return nn.Sequential(*hidden, layer_init(nn.Linear(64, outputs), std))
+
+
+class Actor(nn.Module):
+    """Gaussian policy with a state-independent standard deviation."""
+
+    def __init__(self, obs_dim: int, action_dim: int):
+        super().__init__()
+        self.mean = mlp(obs_dim, action_dim, std=0.01)
+        self.log_std = nn.Parameter(torch.zeros(action_dim))
+
+    def log_prob(self, obs, actions):  # (..., obs_dim), (..., action_dim) -> (...)
+        z = (actions - self.mean(obs)) * torch.exp(-self.log_std)
+        return -0.5 * z.square().sum(-1) - self.log_std.sum() - 0.5 * math.log(2 * math.pi) * len(self.log_std)
+
+    def entropy(self):
+        return self.log_std.sum() + 0.5 * math.log(2 * math.pi * math.e) * len(self.log_std)
+
+
+class Critic(nn.Module):
+    def __init__(self, obs_dim: int):
+        super().__init__()
+        self.value = mlp(obs_dim, 1, std=1.0)
+
+    def forward(self, obs):  # (..., obs_dim) -> (...)
+        return self.value(obs).squeeze(-1)
+
+
+class Batch(NamedTuple):
+    """A rollout, or the trajectories of it that make a minibatch: N environments, T steps."""
+
+    obs: torch.Tensor  # (N, T, obs_dim)
+    actions: torch.Tensor  # (N, T, action_dim)
+    logprobs: torch.Tensor  # (N, T), under the policy that acted
+    advantages: torch.Tensor  # (N, T), under the critic as it was when the iteration began
+    returns: torch.Tensor  # (N, T), the lambda-returns of that critic: the regression targets
+
+
+def gae_matrix(done, gamma: float, gae_lambda: float):
+    """Gamma (N, T, T) with entry (t, k) = (gamma lambda)^(k-t) for k >= t in the same episode, else 0: GAE = Gamma delta.
+
+    done (N, T) is true where an episode ended, by termination or truncation.
+    """
+    episode = done.cumsum(1) - done.to(torch.long)  # number of ends before step t
+    steps = torch.arange(done.shape[1], device=done.device)
+    lag = steps[None, :] - steps[:, None]
+    decay = torch.where(lag >= 0, (gamma * gae_lambda) ** lag.clamp_min(0).to(torch.get_default_dtype()), 0.0)
+    return decay * (episode[:, :, None] == episode[:, None, :])
+
+
+def bootstrapped_values(critic, obs, next_obs, cut):
+    """V(s_t) and V(s'_t), both (N, T), with one extra evaluation only where s'_t is not the next step's state."""
+    values = critic(obs)
+    return values, values.roll(-1, 1).masked_scatter(cut, critic(next_obs[cut]))
+
+
+def gae(rewards, values, next_values, terminated, matrix, gamma: float):
+    """A = Gamma delta, delta = r + gamma (1 - terminated) V(s') - V(s), all (N, T); linear and differentiable in V."""
+    delta = rewards + gamma * (1 - terminated) * next_values - values
+    return (matrix @ delta.unsqueeze(-1)).squeeze(-1)
+
+
+def critic_loss(values, returns):
+    """Mean squared error of the value, without the factor one half."""
+    return (returns - values).square().mean()
+
+
+def clipped_critic_loss(values, returns, old_values, clip: float):
+    """critic_loss, or the larger error of the value kept within clip of its old one, as in the code of Schulman et al."""
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return torch.max((returns - values).square(), (returns - clipped).square()).mean()
+
+
+def policy_loss(ratio, advantages, clip: float):
+    """PPO's clipped surrogate, to be minimised."""
+    return -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
+
+
+def apply_gradient(optimizer, gradient, max_norm: float) -> float:
+    """An optimizer step along gradient, clipped to max_norm; a non-finite one is refused. Returns 1. if so, else 0."""
+    parameters = optimizer.param_groups[0]["params"]
+    for p, g in zip(parameters, gradient):
+        p.grad = g
+    if not math.isfinite(nn.utils.clip_grad_norm_(parameters, max_norm)):
+        return 1.0
+    optimizer.step()
+    return 0.0
+
+
+class Stopwatch:
+    """Adds the time since its last call to the phase named."""
+
+    def __init__(self):
+        self.seconds, self.last = defaultdict(float), time.perf_counter()
+
+    def __call__(self, phase: str):
+        now = time.perf_counter()
+        self.seconds[phase] += now - self.last
+        self.last = now
+
+
+class Run:
+    """The run folder: config.json at once, progress.csv and episodes.csv line by line, so that a killed run keeps them."""
+
+    def __init__(self, args: Args):
+        stem = re.sub(r"[^\w.-]+", "-", f"{args.env_id}__{args.exp_name}__{args.seed}")
+        born = int(time.time())
+        while (folder := Path(args.runs_dir) / f"{stem}__{born}").exists():
+            born += 1
+        folder.mkdir()
+        self.folder, self.total, self.progress, self.wandb, self.last_line = folder, args.total_timesteps, None, None, 0.0
+        versions = {"python": platform.python_version()}
+        for package in ("torch", "gymnasium", "mujoco", "numpy"):
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions[package] = importlib.metadata.version(package)
+        with contextlib.suppress(OSError):  # no git here
+            git = ["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"]
+            versions["git_commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        self.config = {"script": Path(__file__).name, "flags": asdict(args), "versions": versions}
+        (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+        self.episodes = open(folder / "episodes.csv", "w", buffering=1)  # flushed at every line
+        self.episodes.write("global_step,return,length\n")
+        self.bar = tqdm(total=self.total, unit="step", file=sys.stdout) if sys.stdout.isatty() else None
+        if args.track:
+            with self.broadcast():
+                import wandb
+
+                self.wandb = wandb.init(name=folder.name, config=self.config, dir=folder)
+
+    @contextlib.contextmanager
+    def broadcast(self):
+        """Training is worth more than its broadcast: whatever wandb raises, say so and go on without it."""
+        try:
+            yield
+        except Exception as problem:
+            print(f"wandb is off: {problem}", file=sys.stderr)
+            self.wandb = None
+
+    def log(self, row: dict):
+        if self.progress is None:
+            self.progress = open(self.folder / "progress.csv", "w", buffering=1)
+            self.writer = csv.DictWriter(self.progress, row, lineterminator="\n")
+            self.writer.writeheader()
+        self.writer.writerow(row)
+        if self.wandb:
+            with self.broadcast():
+                self.wandb.log(row, step=row["global_step"])
+        step, shown = row["global_step"], f"SPS {row['sps']:.0f}  return {row['return_100']:.1f}  KL {row['approx_kl']:.4f}"
+        if self.bar is not None:
+            self.bar.set_postfix_str(shown, refresh=False)
+            self.bar.update(step - self.bar.n)
+        elif time.time() - self.last_line > 5:
+            self.last_line = time.time()
+            print(f"step {step:>9,} of {self.total:,}  {shown}", flush=True)
+
+    def close(self):
+        for stream in filter(None, (self.episodes, self.progress)):
+            stream.close()
+        if self.bar is not None:
+            self.bar.close()
+        if self.wandb:
+            with self.broadcast():
+                self.wandb.finish()
+
+
+def evaluate(actor: Actor, obs_rms: RunningMeanStd | None, env_id: str, episodes: int, seed: int):
+    """Returns and lengths of whole episodes under the mean action and frozen observation statistics."""
+    env = make_env(env_id)
+    returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=int)
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=seed + episode)
+        done = False
+        while not done:
+            obs = obs_rms.normalize(obs) if obs_rms else obs
+            with torch.no_grad():
+                action = actor.mean(torch.as_tensor(obs, dtype=torch.float32))
+            action = action.numpy().reshape(env.action_space.shape).clip(env.action_space.low, env.action_space.high)
+            obs, reward, terminated, truncated, _ = env.step(action)
+            returns[episode] += reward
+            lengths[episode] += 1
+            done = terminated or truncated
+    env.close()
+    return returns, lengths
+
+
+def train(args: Args) -> Path:
+    """Trains, writes the run folder and returns it."""
+    envs = make_envs(args)
+    N, T = args.num_envs, args.num_steps
+    obs_dim, action_space = envs.single_observation_space.shape[0], envs.single_action_space
+    device = torch.device("cuda" if args.cuda else "cpu")
+    torch.manual_seed(args.seed)
+    actor = Actor(obs_dim, int(np.prod(action_space.shape))).to(device)
+    critic = Critic(obs_dim).to(device)
+    actor_params, critic_params = list(actor.parameters()), list(critic.parameters())
+    actor_optimizer = torch.optim.Adam(actor_params, lr=args.actor_lr, eps=1e-5, fused=True)
+    critic_optimizer = torch.optim.Adam(critic_params, lr=args.critic_lr, eps=1e-5, fused=True)
+
+    run = Run(args)
+    obs_rms = RunningMeanStd(obs_dim) if args.norm_obs else None
+    return_rms = RunningMeanStd()
+    buffer = lambda *shape, dtype=np.float32: np.zeros((N, T, *shape), dtype)
+    obs, next_obs, actions = buffer(obs_dim), buffer(obs_dim), buffer(len(actor.log_std))
+    rewards, terminated, done = buffer(), buffer(), buffer(dtype=bool)
+    discounted_return, episode_return, episode_length = np.zeros(N), np.zeros(N), np.zeros(N, dtype=int)
+    recent, episodes, global_step = deque(maxlen=100), 0, 0
+    normalize = obs_rms.normalize if args.norm_obs else lambda x: x
+    raw_obs, _ = envs.reset(seed=args.seed)
+    if args.norm_obs:
+        obs_rms.update(raw_obs)
+    now_obs = normalize(raw_obs).astype(np.float32)
+    iterations = args.total_timesteps // (N * T)
+    start, seconds = time.perf_counter(), defaultdict(float)
+
+    for iteration in range(iterations):
+        if args.anneal_lr:
+            left = 1 - iteration / iterations
+            actor_optimizer.param_groups[0]["lr"] = left * args.actor_lr
+            critic_optimizer.param_groups[0]["lr"] = left * args.critic_lr
+
+        # Rollout
+        lap = Stopwatch()
+        with torch.no_grad():
+            noise = torch.randn(T, N, len(actor.log_std)) * actor.log_std.exp().cpu()
+        for t in range(T):
+            obs[:, t] = now_obs
+            with torch.no_grad():
+                actions[:, t] = actor.mean(torch.from_numpy(now_obs).to(device)).cpu() + noise[t]
+            action = actions[:, t].reshape(envs.action_space.shape).clip(action_space.low, action_space.high)
+            lap("inference")
+            raw_obs, reward, terminations, truncations, infos = envs.step(action)
+            lap("env")
+            global_step += N
+            if not math.isfinite(raw_obs.sum() + reward.sum()):
+                run.close()
+                index = int(np.argmin(np.isfinite(raw_obs).all(1) & np.isfinite(reward)))
+                what = f"{args.env_id} returned a non-finite observation or reward (environment {index}"
+                fail(f"{what}, step {global_step}); what was measured until then is in {run.folder}", status=1)
+            episode_return += reward
+            episode_length += 1
+            discounted_return = args.gamma * discounted_return + reward
+            if args.norm_obs:
+                obs_rms.update(raw_obs)
+            if args.norm_reward:
+                return_rms.update(discounted_return)
+                reward = np.clip(reward / np.sqrt(return_rms.var + 1e-8), -10, 10)
+            now_obs = normalize(raw_obs).astype(np.float32)
+            next_obs[:, t], rewards[:, t] = now_obs, reward
+            terminated[:, t], done[:, t] = terminations, terminations | truncations
+            for i in np.flatnonzero(done[:, t]):
+                next_obs[i, t] = normalize(infos["final_obs"][i])
+                run.episodes.write(f"{global_step},{float(episode_return[i])!r},{episode_length[i]}\n")
+                recent.append((episode_return[i], episode_length[i]))  # the last 100
+                episodes += 1
+                episode_return[i] = episode_length[i] = discounted_return[i] = 0
+            lap("bookkeeping")
+
+        # Advantages and regression targets, from the critic as it is now
+        with torch.no_grad():
+            tensors = [torch.as_tensor(x, device=device) for x in (obs, next_obs, actions, rewards, terminated, done)]
+            b_obs, b_next_obs, b_actions, b_rewards, b_terminated, b_done = tensors
+            cut = b_done.clone()
+            cut[:, -1] = True
+            matrix = gae_matrix(b_done, args.gamma, args.gae_lambda)
+            values, next_values = bootstrapped_values(critic, b_obs, b_next_obs, cut)
+            advantages = gae(b_rewards, values, next_values, b_terminated, matrix, args.gamma)
+            logprobs = actor.log_prob(b_obs, b_actions)
+        returns = advantages + values
+        batch = Batch(b_obs, b_actions, logprobs, advantages, returns)
+        if not args.trajectory_minibatches:
+            batch = Batch(*(x.flatten(0, 1) for x in batch))
+        explained_variance = float(1 - (returns - values).var() / returns.var().clamp_min(1e-12))
+        lap("bookkeeping")
+
+        # Update
+        metrics = defaultdict(list)
+        for _ in range(args.update_epochs):
+            for chosen in torch.randperm(len(batch.obs)).chunk(args.num_minibatches):
+                mb = Batch(*(x[chosen] for x in batch))
+
+                logratio = actor.log_prob(mb.obs, mb.actions) - mb.logprobs
+                ratio = logratio.exp()
+                normalized = mb.advantages
+                if args.norm_adv:
+                    normalized = (mb.advantages - mb.advantages.mean()) / (mb.advantages.std() + 1e-8)
+                loss = policy_loss(ratio, normalized, args.clip_coef) - args.ent_coef * actor.entropy()
+                lap("actor")
+                values = critic(mb.obs)
+                error = critic_loss(values, mb.returns)
+                if args.clip_vloss:
+                    error = clipped_critic_loss(values, mb.returns, mb.returns - mb.advantages, args.clip_coef)
+                gradient = torch.autograd.grad(loss + args.vf_coef * 0.5 * error, actor_params + critic_params)
+                if args.joint_grad_clip:
+                    norm = torch.cat([g.flatten() for g in gradient]).norm()
+                    gradient = [g * (args.max_grad_norm / norm).clamp(max=1) for g in gradient]
+                actor_gradient, critic_gradient = gradient[: len(actor_params)], gradient[len(actor_params) :]
+                metrics["skipped_updates"].append(apply_gradient(critic_optimizer, critic_gradient, args.max_grad_norm))
+                metrics["critic_loss"].append(float(critic_loss(values.detach(), mb.returns)))
+                lap("critic")
+                metrics["skipped_updates"].append(apply_gradient(actor_optimizer, actor_gradient, args.max_grad_norm))
+                with torch.no_grad():
+                    metrics["policy_loss"].append(float(loss.detach()))
+                    metrics["approx_kl"].append(float((ratio - 1 - logratio).mean()))
+                    metrics["clip_fraction"].append(float(((ratio - 1).abs() > args.clip_coef).float().mean()))
+                lap("actor")
+
+        wall = time.perf_counter() - start
+        mean = lambda values: float(np.mean(values)) if len(values) else math.nan
+        row = {"global_step": global_step, "wall_seconds": round(wall, 3), "sps": round(global_step / wall, 1)}
+        row |= {"episodes": episodes, "return_100": mean([r for r, _ in recent]), "length_100": mean([n for _, n in recent])}
+        row |= {"entropy": float(actor.entropy().detach()), "explained_variance": explained_variance}
+        row |= {name: mean([x for x in values if math.isfinite(x)]) for name, values in metrics.items()}
+        row |= {f"seconds_{phase}": round(spent, 5) for phase, spent in lap.seconds.items()}
+        for phase, spent in lap.seconds.items():
+            seconds[phase] += spent
+        run.log(row)
+
+    envs.close()
+    model = {"actor": actor.state_dict(), "critic": critic.state_dict(), "config": run.config}
+    if args.norm_obs:
+        model["obs_rms"] = {name: torch.as_tensor(value) for name, value in vars(obs_rms).items()}
+    torch.save(model, run.folder / "model.pt")
+    run.close()
+    phases = ", ".join(f"{phase} {1e3 * spent / iterations:.0f}" for phase, spent in seconds.items())
+    print(f"{global_step:,} steps in {wall:.0f} s, {global_step / wall:.0f} SPS; ms per iteration: {phases}")
+    if args.eval_episodes:
+        returns, lengths = evaluate(actor.cpu(), obs_rms, args.env_id, args.eval_episodes, args.seed + 10_000)
+        rows = "".join(f"{r!r},{n}\n" for r, n in zip(returns.tolist(), lengths.tolist()))
+        (run.folder / "evaluation.csv").write_text("return,length\n" + rows)
+        print(f"evaluation, {args.eval_episodes} deterministic episodes: return {returns.mean():.1f} ± {returns.std():.1f}", end="")
+        print(f" ({returns.min():.1f} to {returns.max():.1f}), length {lengths.mean():.0f}")
+    print(f"results in {run.folder}")
+    return run.folder
+
+
+if __name__ == "__main__":
+    # One thread is fastest for networks this small and lets seeds run side by side; OMP_NUM_THREADS overrides it.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    warnings.filterwarnings("ignore", message=".*is out of date.*")  # the v4 environments of the published tables
+    args = parse_args()
+    check_args(args)
+    train(args)

@@ -1,0 +1,89 @@
+"""Environments with known answers, and broken ones: `--env-id tests.probe_envs:ProbeValue-v0` from the repository root."""
+
+import gymnasium as gym
+import numpy as np
+
+
+class Probe(gym.Env):
+    """Observation (step,), reward 1 for each of `steps` steps, then terminated, or truncated by a time limit."""
+
+    steps, action_shape = 1, (1,)
+
+    def __init__(self):
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+        self.action_space = gym.spaces.Box(-2.0, 2.0, self.action_shape, np.float32)
+
+    def observe(self):
+        return np.array([self.t], np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.observe(), {}
+
+    def step(self, action):
+        assert action.shape == self.action_shape and (np.abs(action) <= 2).all()
+        reward = self.reward(action)
+        self.t += 1
+        return self.observe(), reward, self.t >= self.steps, False, {}
+
+    def reward(self, action):
+        return 1.0
+
+
+class OneStep(Probe):
+    """The best action is 0.5."""
+
+    def reward(self, action):
+        return 1.0 - float(((action - 0.5) ** 2).sum())
+
+
+class TwoStep(Probe):
+    """Only the second step pays, best at -0.5: the critic has to carry its value back to the first."""
+
+    steps = 2
+
+    def reward(self, action):
+        return (1.0 - float(((action + 0.5) ** 2).sum())) if self.t == 1 else 0.0
+
+
+class Forever(Probe):
+    """Reward 1 for ever in one state; registered with a time limit of 5. V = 1 / (1 - gamma) if truncation bootstraps."""
+
+    steps = 10**9
+
+    def observe(self):
+        return np.zeros(1, np.float32)
+
+
+class Odd(Probe):
+    """Dictionary observations, an action of shape (2, 2)."""
+
+    steps, action_shape = 3, (2, 2)
+
+    def __init__(self):
+        super().__init__()
+        box = gym.spaces.Box(-np.inf, np.inf, (2, 2), np.float32)
+        self.observation_space = gym.spaces.Dict({"a": box, "b": gym.spaces.Discrete(3)})
+
+    def observe(self):
+        return {"a": np.full((2, 2), self.t, np.float32), "b": np.int64(self.t % 3)}
+
+
+class Broken(Probe):
+    """Returns NaN after 200 steps."""
+
+    steps, total = 7, 0
+
+    def observe(self):
+        self.total += 1
+        return np.array([np.nan if self.total > 200 else self.t], np.float32)
+
+
+class Refuses(Probe):
+    def __init__(self):
+        raise RuntimeError("no licence\nfor this simulator")
+
+
+for name, limit in dict(OneStep=None, TwoStep=None, Probe=None, Forever=5, Odd=None, Broken=None, Refuses=None).items():
+    gym.register(f"Probe{name}-v0", entry_point=globals()[name], max_episode_steps=limit)

@@ -1,0 +1,354 @@
+"""The formulas of the scripts, by the scripts' own functions, in float64. Spec: the docstring of blpo_continuous.py."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+import blpo_continuous as blpo
+import ppo_continuous as ppo
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+GAMMA, LAMBDA, T = 0.9, 0.8, 4
+
+
+def recursion(rewards, values, next_values, terminated, done):
+    """GAE as textbooks write it, backwards in time."""
+    advantages, last = torch.zeros_like(rewards), torch.zeros(len(rewards))
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + GAMMA * (1 - terminated[:, t]) * next_values[:, t] - values[:, t]
+        last = delta + GAMMA * LAMBDA * (1 - done[:, t].double()) * last
+        advantages[:, t] = last
+    return advantages
+
+
+@pytest.mark.parametrize("script", [ppo, blpo])
+def test_gae_matrix_equals_the_recursion(script):
+    torch.manual_seed(0)
+    rewards, obs, next_obs = torch.randn(6, 50), torch.randn(6, 50, 3), torch.randn(6, 50, 3)
+    terminated = (torch.rand(6, 50) < 0.1).double()
+    done = terminated.bool() | (torch.rand(6, 50) < 0.1)  # truncations
+    assert done[:, :-1].any(1).all() and (done & ~terminated.bool()).any()  # several episodes in a window, both kinds
+    cut = done.clone()
+    cut[:, -1] = True
+    critic = lambda obs: obs.sum(-1) ** 2
+    values, next_values = script.bootstrapped_values(critic, obs, next_obs, cut)
+    truth = torch.where(cut, critic(next_obs), values.roll(-1, 1))
+    assert torch.equal(values, critic(obs)) and torch.equal(next_values, truth)
+    matrix = script.gae_matrix(done, GAMMA, LAMBDA)
+    advantages = script.gae(rewards, values, next_values, terminated, matrix, GAMMA)
+    assert torch.allclose(advantages, recursion(rewards, values, next_values, terminated, done), atol=1e-12)
+
+
+def test_gae_by_hand():
+    """Three steps, the first episode truncated after one, the second terminated after two."""
+    done, terminated = torch.tensor([[True, False, True]]), torch.tensor([[0.0, 0.0, 1.0]])
+    rewards, values, next_values = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[4.0, 5.0, 6.0]]), torch.tensor([[7.0, 6.0, 8.0]])
+    deltas = [1 + GAMMA * 7 - 4, 2 + GAMMA * 6 - 5, 3 - 6]
+    expected = torch.tensor([[deltas[0], deltas[1] + GAMMA * LAMBDA * deltas[2], deltas[2]]])
+    advantages = blpo.gae(rewards, values, next_values, terminated, blpo.gae_matrix(done, GAMMA, LAMBDA), GAMMA)
+    assert torch.allclose(advantages, expected)
+
+
+class LinearCritic(torch.nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight.clone())
+
+    def forward(self, obs):
+        return obs @ self.weight
+
+
+class MDP:
+    """Three states, two actions, windows of T = 4 steps, enumerated.
+
+    All probabilities are multiples of 1/4, so that a batch in which every window stands as often as its probability says
+    turns the means of the training script into exact expectations. From (s, a) two next states are equally likely; (2, 1)
+    terminates, after which an episode starts in state 0.
+    """
+
+    def __init__(self, seed, features=2):
+        generator = torch.Generator().manual_seed(seed)
+        self.pi = torch.tensor([[1, 3], [2, 2], [3, 1]])[torch.randperm(3, generator=generator)] / 4
+        self.theta = self.pi.log()  # softmax logits (3, 2)
+        self.phi = torch.randn(3, features, generator=generator)
+        self.rewards = torch.randn(3, 2, 3, generator=generator)
+        targets = torch.stack([torch.randperm(3, generator=generator)[:2] for _ in range(6)]).view(3, 2, 2)
+        start = torch.tensor([0, 0, 1, 2])
+        # every slot of every random choice, as mixed-radix digits: the start 4, then per step the action 4 and the move 2
+        grid = torch.tensor(list(itertools.product(range(4), *([range(8)] * T))))
+        s, columns = start[grid[:, 0]], []
+        for t in range(T):
+            slot, move = grid[:, 1 + t] // 2, grid[:, 1 + t] % 2
+            a = (slot >= (4 * self.pi[s, 0])).long()
+            nxt = targets[s, a, move]
+            term = (s == 2) & (a == 1)
+            columns.append((s, a, nxt, term))
+            s = torch.where(term, 0, nxt)
+        self.s, self.a, self.next_s, self.terminated = (torch.stack(c, 1) for c in zip(*columns))
+        self.cut = self.terminated.clone()
+        self.cut[:, -1] = True
+        self.r = self.rewards[self.s, self.a, self.next_s]
+        self.old_critic = LinearCritic(torch.randn(features, generator=generator))
+        self.batch = self.make_batch()
+
+    def log_prob(self, theta):
+        return torch.log_softmax(theta, 1)[self.s, self.a]
+
+    def advantages(self, critic):
+        values, next_values = blpo.bootstrapped_values(critic, self.phi[self.s], self.phi[self.next_s], self.cut)
+        matrix = blpo.gae_matrix(self.terminated, GAMMA, LAMBDA)
+        return values, blpo.gae(self.r, values, next_values, self.terminated.double(), matrix, GAMMA)
+
+    def make_batch(self):
+        with torch.no_grad():
+            values, advantages = self.advantages(self.old_critic)
+            matrix = blpo.gae_matrix(self.terminated, GAMMA, LAMBDA)
+            obs, next_obs = self.phi[self.s], self.phi[self.next_s]
+            fields = (obs, next_obs, self.a, self.r, self.terminated.double(), self.cut, matrix)
+            return blpo.Batch(*fields, self.log_prob(self.theta), advantages, advantages + values)
+
+    def best_response(self, theta, rho=0.0, center=None):
+        """argmin_w sum_t E[(E_theta[R_t | s_t] - w.phi(s_t))^2] / T + rho/2 ||w - center||^2, at the states visited."""
+        phi, ratio = self.phi[self.s], (self.log_prob(theta) - self.log_prob(self.theta)).exp()
+        future = ratio.flip(1).cumprod(1).flip(1)  # product of the ratios from t on
+        H = 2 * torch.einsum("nti,ntj->ij", phi, phi) / self.s.numel()
+        b = 2 * torch.einsum("nti,nt->i", phi, future * self.batch.returns) / self.s.numel()
+        if center is not None:
+            b = b + rho * center
+        return torch.linalg.solve(H + rho * torch.eye(len(H)), b), H
+
+    def leader(self, theta, w):
+        """f(theta, omega) with the lambda-return in the advantage's place, as a surrogate around self.theta."""
+        values, advantages = self.advantages(LinearCritic(w))
+        ratio = (self.log_prob(theta) - self.log_prob(self.theta)).exp()
+        return -(ratio * (advantages + values)).mean().detach()
+
+    def hypergradient(self, critic, args):
+        """grad_theta f, implicit term and their sum, by the functions of the training loop."""
+        theta = self.theta.clone().requires_grad_()
+        ratio = (self.log_prob(theta) - self.batch.logprobs).exp()
+        advantages, weights, _ = blpo.implicit_weights(critic, self.batch, ratio, args, torch.Generator())
+        direct = torch.autograd.grad(blpo.policy_loss(ratio, advantages, args.clip_coef), theta, retain_graph=True)
+        sign = weights if args.hypergradient == "exact" else advantages
+        implicit = torch.autograd.grad(blpo.implicit_loss(ratio, weights, sign, args.implicit_clip), theta)
+        direct, implicit = blpo.flat(direct), blpo.flat(implicit)
+        return direct, implicit, blpo.add_bounded(direct, implicit, args.implicit_bound)[0]
+
+
+def exact_args(mdp, **changes):
+    """The whole Hessian (rank p) and no bound or clip on the implicit term: the hypergradient as it is defined."""
+    flags = dict(gamma=GAMMA, gae_lambda=LAMBDA, nystrom_rank=mdp.phi.shape[1], nystrom_sketch="columns")
+    return blpo.Args(**(flags | dict(implicit_bound=math.inf, implicit_clip=math.inf) | changes))
+
+
+@pytest.mark.parametrize("rho", [1e-5, 1.0, 50.0])
+@pytest.mark.parametrize("seed", range(5))
+def test_hypergradient_equals_finite_differences_of_the_total_derivative(seed, rho):
+    """d/dtheta f(theta, omega*(theta)), sign included; rho > 0 is the damped best response argmin g + rho/2 ||. - omega||^2."""
+    mdp = MDP(seed)
+    w, _ = mdp.best_response(mdp.theta)
+    _, implicit, h = mdp.hypergradient(LinearCritic(w), exact_args(mdp, nystrom_rho=rho))
+    step, total, partial = 1e-4, torch.zeros(6), torch.zeros(6)
+    for i in range(6):
+        bump = step * torch.eye(6)[i].view(3, 2)
+        # fourth-order central differences: error O(step^4)
+        for scale, weight in ((1, 8), (-1, -8), (2, -1), (-2, 1)):
+            theta = mdp.theta + scale * bump
+            total[i] += weight * mdp.leader(theta, mdp.best_response(theta, rho, w)[0]) / (12 * step)
+            partial[i] += weight * mdp.leader(theta, w) / (12 * step)
+    assert (h - total).norm() <= 1e-8
+    assert (implicit - (total - partial)).norm() <= 1e-8
+    if rho < 1:  # the test would see a wrong sign or a missing term
+        assert implicit.norm() > 1e-2 and (h - 2 * implicit - total).norm() > 1e-2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_solver_gives_the_same_hypergradient(seed):
+    mdp = MDP(seed)
+    critic = LinearCritic(mdp.best_response(mdp.theta)[0])
+    reference = mdp.hypergradient(critic, exact_args(mdp))[2]
+    for changes in (dict(ihvp="cg"), dict(ihvp="pcg"), dict(nystrom_sketch="gaussian"), dict(nystrom_sketch="v-gaussian")):
+        assert torch.allclose(mdp.hypergradient(critic, exact_args(mdp, **changes))[2], reference, atol=1e-3)
+
+
+def converged(seed):
+    """A tabular critic at the fixed point of its own lambda-returns."""
+    mdp = MDP(seed, features=3)
+    mdp.phi, mdp.old_critic = torch.eye(3), LinearCritic(torch.zeros(3))
+    for _ in range(60):
+        mdp.batch = mdp.make_batch()
+        mdp.old_critic = LinearCritic(mdp.best_response(mdp.theta)[0])
+    return mdp, mdp.old_critic
+
+
+@pytest.mark.parametrize("seed", range(13))
+def test_which_leader(seed, monkeypatch):
+    """The return as the leader makes the hypergradient agree with the policy gradient; f with its own baseline opposes it."""
+    mdp, critic = converged(seed)
+    args = exact_args(mdp, nystrom_rho=1e-3)
+    direct, _, h = mdp.hypergradient(critic, args)
+    assert torch.cosine_similarity(h, direct, dim=0) > 0.98
+
+    def solve_for_f(grad_fn, w, v, args, generator):
+        values, advantages = mdp.advantages(unraveled := LinearCritic(w.detach()))
+        v = torch.autograd.grad(-advantages.mean(), unraveled.weight)[0]
+        return solve(grad_fn, w, v, args, generator)
+
+    solve = blpo.solve_ihvp
+    monkeypatch.setattr(blpo, "solve_ihvp", solve_for_f)
+    assert torch.cosine_similarity(mdp.hypergradient(critic, args)[1], direct, dim=0) < -0.9
+
+
+@pytest.mark.parametrize("seed", range(13))
+def test_released_mode_equals_literal_double_differentiation_of_L2(seed):
+    mdp = MDP(seed)
+    critic = LinearCritic(mdp.best_response(mdp.theta)[0] + 0.3)
+    args = exact_args(mdp, hypergradient="released", nystrom_rho=0.7)
+    _, implicit, _ = mdp.hypergradient(critic, args)
+
+    w = critic.weight.detach().clone().requires_grad_()
+    theta = mdp.theta.clone().requires_grad_()
+    ratio = (mdp.log_prob(theta) - mdp.batch.logprobs).exp()
+
+    def advantages_and_values(w):
+        obs, next_obs = mdp.batch.obs @ w, mdp.batch.next_obs @ w
+        next_values = torch.where(mdp.cut, next_obs, obs.roll(-1, 1))
+        delta = mdp.r + GAMMA * (1 - mdp.batch.terminated) * next_values - obs
+        return torch.einsum("ntk,nk->nt", mdp.batch.gae_matrix, delta), obs
+
+    A, V = advantages_and_values(w)
+    f = -torch.min(ratio * A, ratio.clamp(0.8, 1.2) * A).mean()
+    v = torch.autograd.grad(f, w, retain_graph=True)[0]
+    H = torch.func.hessian(lambda w: ((mdp.batch.returns - mdp.batch.obs @ w) ** 2).mean())(w.detach())
+    x = torch.linalg.solve(H + 0.7 * torch.eye(2), v)
+    # a sum over the trajectory, the mean over the minibatch's trajectories
+    L2 = (-2 * ratio * A * (mdp.batch.returns - V)).sum(1).mean()
+    gradient = torch.autograd.grad(L2, theta, create_graph=True)[0].flatten()
+    term = torch.stack([torch.autograd.grad(g, w, retain_graph=True)[0] @ x for g in gradient])  # d/d eps grad L2(w + eps x)
+    assert torch.allclose(implicit, -term, atol=1e-6)
+
+
+@pytest.mark.parametrize("rho", [1e-3, 50.0])
+@pytest.mark.parametrize("seed", range(13))
+def test_released_sign_is_the_reverse_of_the_exact_one(seed, rho, monkeypatch):
+    """For the x of the exact mode, what `released` adds to grad f points against what `exact` adds."""
+    mdp, critic = converged(seed)
+    solve, solutions = blpo.solve_ihvp, []
+    monkeypatch.setattr(blpo, "solve_ihvp", lambda *inputs: solutions.append(solve(*inputs)) or solutions[0])
+    direct, exact, _ = mdp.hypergradient(critic, exact_args(mdp, nystrom_rho=rho))
+    released = mdp.hypergradient(critic, exact_args(mdp, nystrom_rho=rho, hypergradient="released"))[1]
+    assert torch.cosine_similarity(exact, released, dim=0) < -0.9
+    # with its own v, baseline included, the sign is reversed twice: it pushes along the policy gradient again
+    monkeypatch.setattr(blpo, "solve_ihvp", solve)
+    released = mdp.hypergradient(critic, exact_args(mdp, nystrom_rho=rho, hypergradient="released"))[1]
+    assert torch.cosine_similarity(direct, released, dim=0) > 0.5
+
+
+def test_control_is_an_unnormalised_policy_gradient():
+    mdp = MDP(0)
+    critic = LinearCritic(mdp.best_response(mdp.theta)[0])
+    direct, implicit, _ = mdp.hypergradient(critic, exact_args(mdp, hypergradient="control"))
+    assert torch.allclose(implicit, direct, atol=1e-12)
+
+
+def test_gate_of_the_implicit_loss_is_that_of_the_clipped_surrogate():
+    ratio = torch.linspace(0.2, 2.0, 40, requires_grad=True)
+    weights = torch.randn(40, generator=torch.Generator().manual_seed(0))
+    ours = torch.autograd.grad(blpo.implicit_loss(ratio, weights, weights, 0.5), ratio)[0]
+    clipped = torch.autograd.grad(blpo.policy_loss(ratio, weights, 0.5), ratio)[0]
+    assert torch.allclose(ours, clipped)
+    assert (ours == 0).any()
+
+
+def test_policy_and_value_losses_by_hand():
+    ratio, advantages = torch.tensor([1.5, 0.5, 1.5, 0.5]), torch.tensor([1.0, 1.0, -1.0, -1.0])
+    for script in (ppo, blpo):
+        assert float(script.policy_loss(ratio, advantages, 0.2)) == pytest.approx(-(1.2 + 0.5 - 1.5 - 0.8) / 4)
+        assert float(script.critic_loss(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 1.0]))) == pytest.approx(2.5)
+    values, old, returns = torch.tensor([1.0, 0.1]), torch.tensor([0.0, 0.0]), torch.tensor([1.0, 1.0])
+    assert float(ppo.clipped_critic_loss(values, returns, old, 0.2)) == pytest.approx((0.8**2 + 0.9**2) / 2)
+
+
+def test_gaussian_log_prob_and_entropy():
+    actor = blpo.Actor(3, 2)
+    torch.nn.init.normal_(actor.log_std)
+    obs, actions = torch.randn(5, 4, 3), torch.randn(5, 4, 2)
+    normal = torch.distributions.Normal(actor.mean(obs), actor.log_std.exp())
+    assert torch.allclose(actor.log_prob(obs, actions), normal.log_prob(actions).sum(-1))
+    assert torch.allclose(actor.entropy(), normal.entropy()[0, 0].sum())
+
+
+def test_add_bounded():
+    direct, implicit = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 20.0])
+    total, info = blpo.add_bounded(direct, implicit, 0.5)
+    assert torch.allclose(total, torch.tensor([3.0, 6.5]))
+    assert info["implicit_norm_ratio"] == 4 and info["implicit_bound_active"] == 1
+    assert info["implicit_cosine"] == pytest.approx(0.8)
+    assert torch.equal(blpo.add_bounded(direct, implicit, math.inf)[0], direct + implicit)
+    assert torch.equal(blpo.add_bounded(0 * direct, implicit, math.inf)[0], implicit)
+    assert torch.equal(blpo.add_bounded(direct, implicit, 0.0)[0], direct)
+    for bad in (math.nan, math.inf):
+        total, info = blpo.add_bounded(direct, torch.tensor([1.0, bad]), 1.0)
+        assert torch.equal(total, direct) and info["implicit_dropped"] == 1
+
+
+def test_non_finite_critic_drops_the_term_and_non_finite_gradients_are_refused():
+    mdp = MDP(0)
+    for ihvp in ("nystrom", "cg", "pcg"):
+        direct, implicit, h = mdp.hypergradient(LinearCritic(torch.tensor([1.0, math.nan])), exact_args(mdp, ihvp=ihvp))
+        assert implicit.isnan().all()
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Adam([parameter], lr=0.1)
+    for bad in (math.nan, math.inf):
+        assert blpo.apply_gradient(optimizer, [torch.tensor([1.0, bad])], 0.5) == 1.0
+        assert torch.equal(parameter.detach(), torch.ones(2))
+    assert blpo.apply_gradient(optimizer, [torch.tensor([1.0, 0.0])], 0.5) == 0.0
+    assert parameter[0] < 1
+
+
+def test_running_mean_std_equals_numpy():
+    import numpy as np
+
+    data = np.random.default_rng(0).normal(3, 2, (90, 4))
+    rms = blpo.RunningMeanStd(4)
+    for part in np.split(data, [8, 9, 50]):
+        rms.update(part)
+    assert np.allclose(rms.mean, data.mean(0), atol=1e-4) and np.allclose(rms.var, data.var(0), rtol=1e-4)
+    assert np.abs(rms.normalize(1e6 * data)).max() == 10
+
+
+def test_converged_training_satisfies_the_stackelberg_conditions():
+    """Gradient descent on h with a best-responding linear critic and an entropy bonus (for an interior optimum): at the end
+    the total derivative vanishes and the follower's Hessian is positive definite, the necessary conditions of a local strong
+    Stackelberg equilibrium. On-policy batches are drawn with replacement from the enumerated windows."""
+    generator = torch.Generator().manual_seed(0)
+    mdp = MDP(1, features=2)
+    everything, start = mdp.__dict__.copy(), mdp.theta.clone()
+    args, tau = exact_args(mdp, nystrom_rho=1e-3), 0.3
+    norms = []
+    for iteration in range(300):
+        theta = mdp.theta
+        mdp.__dict__.update(everything)
+        weight = (mdp.log_prob(theta) - mdp.log_prob(start)).sum(1).exp()
+        rows = torch.multinomial(weight, 60_000 if iteration in (0, 299) else 4_000, True, generator=generator)
+        for name in ("s", "a", "next_s", "terminated", "cut", "r"):
+            setattr(mdp, name, everything[name][rows])
+        mdp.theta = theta
+        mdp.batch = mdp.make_batch()
+        w, H = mdp.best_response(mdp.theta)
+        mdp.old_critic = everything["old_critic"] = LinearCritic(w)
+        _, _, h = mdp.hypergradient(mdp.old_critic, args)
+        logits = theta.clone().requires_grad_()
+        p = torch.log_softmax(logits, 1)
+        visits = torch.bincount(mdp.s.flatten(), minlength=3) / mdp.s.numel()
+        entropy = -(visits[:, None] * p.exp() * p).sum()
+        total = h.view(3, 2) - tau * torch.autograd.grad(entropy, logits)[0]
+        norms.append(float(total.norm()))
+        if iteration < 299:
+            mdp.theta = theta - 1.0 * total
+    assert norms[-1] < 0.02 < 0.1 < norms[0]
+    assert torch.linalg.eigvalsh(H)[0] > 1e-3
+    assert torch.softmax(mdp.theta, 1).min() > 1e-3  # interior, so that the vanishing gradient means something

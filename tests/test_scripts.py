@@ -1,0 +1,440 @@
+"""The scripts as a user meets them: the command line, the run folder, learning on tasks with known answers."""
+
+import csv
+import inspect
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import blpo_continuous as blpo
+import ppo_continuous as ppo
+from nystrom import hessian_sketch, nystrom_ihvp
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = [ppo, blpo]
+TINY = ["--num-envs", "4", "--num-steps", "16", "--num-minibatches", "4", "--update-epochs", "1", "--eval-episodes", "1"]
+
+
+def command(script, *flags):
+    return [sys.executable, "-W", "error::RuntimeWarning", f"{ROOT}/{script.__name__}.py", *map(str, flags)]
+
+
+def start(script, *flags, **options):
+    options = dict(cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) | options
+    return subprocess.Popen(command(script, *flags), **options)
+
+
+def run(script, *flags, env=None, status=0):
+    """The script in a process of its own; its standard output and error."""
+    process = start(script, *flags, env=os.environ | (env or {}))
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == status, out + err
+    return out, err
+
+
+def train(script, tmp_path, *flags):
+    """The script's own functions in this process, which saves the seconds of the imports; the run folder."""
+    args = script.parse_args([*map(str, flags), "--runs-dir", str(tmp_path)])
+    script.check_args(args)
+    return script.train(args)
+
+
+def rows(path):
+    with open(path) as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def load(script, folder):
+    model = torch.load(folder / "model.pt", weights_only=True)
+    obs_dim = model["actor"]["mean.0.weight"].shape[1]
+    actor, critic = script.Actor(obs_dim, len(model["actor"]["log_std"])), script.Critic(obs_dim)
+    actor.load_state_dict(model["actor"])
+    critic.load_state_dict(model["critic"])
+    return actor, critic, model
+
+
+# Shared blocks and the diff between the scripts
+
+
+def test_shared_blocks_are_identical():
+    shared = "fail parse_args make_env make_envs RunningMeanStd layer_init mlp Actor Critic gae_matrix bootstrapped_values gae "
+    shared += "critic_loss policy_loss apply_gradient Stopwatch Run evaluate"
+    for name in shared.split():
+        assert inspect.getsource(getattr(ppo, name)) == inspect.getsource(getattr(blpo, name)), name
+    text = {script: inspect.getsource(script.train) for script in SCRIPTS}
+    for first, last in (("    run = Run(args)", "matrix = gae_matrix"), ("        wall = time", "    return run.folder")):
+        blocks = [source[source.index(first) : source.index(last)] for source in text.values()]
+        assert blocks[0] == blocks[1] and len(blocks[0]) > 500
+
+
+def test_every_flag_is_read_and_documented():
+    for script in SCRIPTS:
+        source = Path(script.__file__).read_text()
+        for name in script.Args.__dataclass_fields__:
+            assert f"args.{name}" in source or f'"{name}"' in source, name
+        out, _ = run(script, "--help")
+        for name, field in script.Args.__dataclass_fields__.items():
+            assert f"--{name.replace('_', '-')}" in out
+
+
+# The run folder
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_run_folder(script, tmp_path):
+    out, err = run(script, *TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 2000, "--runs-dir", tmp_path, "--seed", 3)
+    assert err == ""
+    (folder,) = tmp_path.iterdir()
+    assert folder.name.startswith(f"Pendulum-v1__{script.__name__}__3__")
+    assert str(folder) in out and "evaluation, 1 deterministic episodes: return -" in out and "SPS" in out and "ms per iteration" in out
+    config = json.loads((folder / "config.json").read_text())
+    assert config["flags"]["seed"] == 3 and config["flags"]["num_steps"] == 16
+    assert config["versions"]["torch"] == torch.__version__ and set(config["versions"]) >= {"python", "gymnasium", "numpy"}
+    progress, episodes = rows(folder / "progress.csv"), rows(folder / "episodes.csv")
+    assert [row["global_step"] for row in progress] == [64 * (i + 1) for i in range(2000 // 64)]
+    assert len(episodes) == 4 * (496 // 200) == progress[-1]["episodes"]
+    assert all(row["length"] == 200 and row["return"] < 0 for row in episodes)
+    assert progress[-1]["return_100"] == pytest.approx(np.mean([row["return"] for row in episodes]))
+    assert len(rows(folder / "evaluation.csv")) == 1
+    phases = [k for k in progress[0] if k.startswith("seconds_")]
+    assert {"seconds_env", "seconds_inference", "seconds_critic", "seconds_actor"} <= set(phases)
+    assert ("seconds_hypergradient" in phases) == (script is blpo)
+    spent = sum(row[k] for row in progress for k in phases)
+    assert 0.5 * progress[-1]["wall_seconds"] < spent <= 1.01 * progress[-1]["wall_seconds"]
+    *_, model = load(script, folder)
+    assert model["config"] == config and model["obs_rms"]["count"] > 1900
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_same_seed_same_bytes_other_seed_other_bytes(script, tmp_path):
+    def progress(seed, name):
+        flags = ("--env-id", "Hopper-v4", "--total-timesteps", 1024, "--seed", seed)
+        table = rows(train(script, tmp_path / name, *TINY, *flags) / "progress.csv")
+        return [{k: v for k, v in row.items() if "seconds" not in k and k != "sps"} for row in table]
+
+    first = progress(1, "a")
+    assert str(first) == str(progress(1, "b"))  # str: nan equals nan
+    assert str(first) != str(progress(2, "c"))
+
+
+def test_nesting_only_is_the_hypergradient_times_zero(tmp_path):
+    """--ihvp none and --implicit-bound 0: the same update, bit for bit, whatever the solver."""
+
+    def weights(*flags):
+        folder = train(blpo, tmp_path, *TINY, "--env-id", "Hopper-v4", "--total-timesteps", 640, *flags)
+        return torch.load(folder / "model.pt", weights_only=True)["actor"]
+
+    reference = weights("--ihvp", "none")
+    for flags in (["nystrom"], ["cg"], ["pcg", "--hypergradient", "released"]):
+        other = weights("--implicit-bound", 0, "--ihvp", *flags)
+        assert all(torch.equal(reference[name], other[name]) for name in reference)
+    assert not all(torch.equal(reference[name], value) for name, value in weights().items())
+
+
+def test_a_killed_run_keeps_what_it_measured(tmp_path):
+    process = start(blpo, *TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 10**7, "--runs-dir", tmp_path)
+    deadline = time.time() + 120
+    while not (progress := list(tmp_path.glob("*/progress.csv"))) or len(progress[0].read_text().splitlines()) < 30:
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    text = progress[0].read_text()
+    assert text.endswith("\n") and len(rows(progress[0])) >= 29
+    episodes = rows(progress[0].parent / "episodes.csv")
+    assert len(episodes) >= rows(progress[0])[-1]["episodes"] > 0
+
+
+def test_two_runs_in_the_same_second_get_two_folders(tmp_path):
+    runs = [start(ppo, *TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 128, "--runs-dir", tmp_path) for _ in range(3)]
+    assert [process.wait(timeout=120) for process in runs] == [0, 0, 0]
+    assert len(list(tmp_path.glob("*/model.pt"))) == 3
+
+
+def test_wandb_offline_and_out_of_reach(tmp_path):
+    flags = (*TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 640, "--track")
+    offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(tmp_path)}
+    run(blpo, *flags, "--runs-dir", tmp_path / "a", env=offline)
+    assert list(tmp_path.glob("**/*.wandb"))
+    # a broken installation stands for every failure of wandb.init
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "wandb.py").write_text("def init(**_):\n    raise ConnectionError('no network')\n")
+    _, err = run(blpo, *flags, "--runs-dir", tmp_path / "b", env={"PYTHONPATH": str(broken)})
+    assert "wandb is off: no network" in err
+    (broken / "wandb.py").write_text(
+        "class R:\n    def log(self, row, step): raise ConnectionError('lost')\n    def finish(self): pass\ndef init(**_): return R()\n"
+    )
+    _, err = run(ppo, *flags, "--runs-dir", tmp_path / "c", env={"PYTHONPATH": str(broken)})
+    assert err.count("wandb is off: lost") == 1
+    (broken / "wandb.py").write_text("raise AssertionError('imported without --track')\n")
+    run(ppo, *flags[:-1], "--runs-dir", tmp_path / "d", env={"PYTHONPATH": str(broken)})
+
+
+def test_run_names_stay_in_the_runs_folder(tmp_path):
+    folder = train(blpo, tmp_path, *TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 64, "--exp-name", "../../$(a b)")
+    assert folder.parent == tmp_path and folder.is_dir()
+
+
+# Every flag value
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(["--ihvp", ihvp, "--hypergradient", mode] for ihvp in ("nystrom", "cg", "pcg", "none") for mode in ("exact", "released")),
+        ["--hypergradient", "control"],
+        *(["--nystrom-sketch", sketch, "--nystrom-rank", "3"] for sketch in ("v-gaussian", "gaussian", "columns")),
+        ["--nystrom-rank", "0"],
+        ["--nystrom-rho", "0.5", "--cg-iters", "3", "--ihvp", "cg"],
+        ["--implicit-bound", "inf", "--implicit-clip", "inf", "--nested-critic-steps", "5"],
+    ],
+)
+def test_blpo_flags(flags, tmp_path):
+    folder = train(blpo, tmp_path, *TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 192, *flags)
+    table = rows(folder / "progress.csv")
+    assert len(table) == 3 and all(row["skipped_updates"] == 0 for row in table)
+    assert all(math.isfinite(row["policy_loss"]) and math.isfinite(row["approx_kl"]) for row in table)
+    if "none" not in flags:
+        assert all(row["implicit_dropped"] == 0 and -1.001 <= row["implicit_cosine"] <= 1.001 for row in table)
+    assert all(row["critic_loss_nested"] < row["critic_loss"] for row in table)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--no-norm-obs", "--no-norm-reward", "--no-norm-adv", "--no-anneal-lr"],
+        ["--gamma", "0", "--gae-lambda", "1", "--ent-coef", "0.01", "--eval-episodes", "0"],
+        ["--clip-coef", "0.1", "--max-grad-norm", "1", "--actor-lr", "1e-4", "--critic-lr", "1e-2"],
+    ],
+)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_common_flags(script, flags, tmp_path):
+    folder = train(script, tmp_path, *TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 192, *flags)
+    assert all(math.isfinite(row["policy_loss"]) for row in rows(folder / "progress.csv"))
+    assert (folder / "evaluation.csv").exists() == ("0" not in flags[-1:])
+    assert ("obs_rms" in torch.load(folder / "model.pt", weights_only=True)) == ("--no-norm-obs" not in flags)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--trajectory-minibatches"],
+        ["--no-clip-vloss", "--vf-coef", "2", "--no-joint-grad-clip"],
+    ],
+)
+def test_ppo_flags(flags, tmp_path):
+    folder = train(ppo, tmp_path, *TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 192, *flags)
+    assert all(row["skipped_updates"] == 0 for row in rows(folder / "progress.csv"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_cuda_without_a_gpu_is_refused(capsys):
+    refused(ppo, capsys, "--cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_cuda(script, tmp_path):
+    folder = train(script, tmp_path, *TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 640, "--cuda")
+    assert all(math.isfinite(row["policy_loss"]) for row in rows(folder / "progress.csv"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("env_id", ["tests.probe_envs:ProbeOdd-v0", "InvertedPendulum-v4", "Pusher-v5"])
+def test_other_spaces(script, env_id, tmp_path):
+    """Dictionary observations with a two-dimensional action, and other MuJoCo tasks."""
+    train(script, tmp_path, *TINY, "--env-id", env_id, "--total-timesteps", 128)
+
+
+# Bad input
+
+
+def refused(script, capsys, *flags):
+    with pytest.raises(SystemExit) as stop:
+        args = script.parse_args([*map(str, flags)])
+        script.check_args(args)
+        script.train(args)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+BAD = [
+    (["--env-id", "Walker2d-v9"], "Walker2d", "v5"),
+    (["--env-id", "Waker2d-v4"], "--env-id", "Walker2d-v4"),
+    (["--env-id", "nomodule:Walker2d-v4"], "--env-id", "nomodule"),
+    (["--env-id", ""], "--env-id", ""),
+    (["--env-id", "CartPole-v1"], "--env-id", "blpo_discrete.py"),
+    (["--env-id", "Pusher-v4"], "--env-id", "Pusher-v5"),
+    (["--env-id", "tests.probe_envs:ProbeRefuses-v0"], "--env-id", "no licence for this simulator"),
+    (["--total-timesteps", "100"], "--total-timesteps", "2048"),
+    (["--num-minibatches", "7"], "--num-minibatches", "divide"),
+    (["--num-envs", "0"], "--num-envs", "at least 1"),
+    (["--num-steps", "-5"], "--num-steps", "at least 1"),
+    (["--num-minibatches", "0"], "--num-minibatches", "at least 1"),
+    (["--update-epochs", "0"], "--update-epochs", "at least 1"),
+    (["--num-envs", "2.5"], "--num-envs", "2.5"),
+    (["--actor-lr", "0"], "--actor-lr", "positive"),
+    (["--critic-lr", "-1"], "--critic-lr", "positive"),
+    (["--actor-lr", "nan"], "--actor-lr", "positive"),
+    (["--max-grad-norm", "inf"], "--max-grad-norm", "finite"),
+    (["--clip-coef", "0"], "--clip-coef", "positive"),
+    (["--gamma", "1.1"], "--gamma", "[0, 1]"),
+    (["--gae-lambda", "nan"], "--gae-lambda", "[0, 1]"),
+    (["--ent-coef", "-1"], "--ent-coef", "positive"),
+    (["--eval-episodes", "-1"], "--eval-episodes", "positive"),
+    (["--seed", "-1"], "--seed", "2^31"),
+    (["--nosuchflag", "3"], "--nosuchflag", ""),
+    (["--runs-dir", "/dev/null/runs"], "--runs-dir", "another folder"),
+]
+BAD_BLPO = [
+    (["--ihvp", "lu"], "--ihvp", "nystrom"),
+    (["--hypergradient", "true"], "--hypergradient", "released"),
+    (["--nystrom-sketch", "rows"], "--nystrom-sketch", "columns"),
+    (["--nystrom-rank", "-1"], "--nystrom-rank", "positive"),
+    (["--nystrom-rank", "6000"], "--nystrom-rank", "5377"),
+    (["--nystrom-rho", "0"], "--nystrom-rho", "positive"),
+    (["--nystrom-rho", "inf"], "--nystrom-rho", "finite"),
+    (["--cg-iters", "0"], "--cg-iters", "at least 1"),
+    (["--nested-critic-steps", "0"], "--nested-critic-steps", "at least 1"),
+    (["--implicit-bound", "-0.1"], "--implicit-bound", "positive"),
+    (["--implicit-clip", "0"], "--implicit-clip", "positive"),
+    (["--num-minibatches", "32"], "--num-minibatches", "--num-envs"),
+]
+BAD_PPO = [
+    (["--vf-coef", "0"], "--vf-coef", "positive"),
+    (["--trajectory-minibatches"], "--num-minibatches", "--num-envs"),
+]
+
+
+@pytest.mark.parametrize("script, flags, flag, fix", [
+    *((script, *case) for script in SCRIPTS for case in BAD),
+    *((blpo, *case) for case in BAD_BLPO),
+    *((ppo, *case) for case in BAD_PPO),
+])  # fmt: skip
+def test_bad_input_is_one_line(script, flags, flag, fix, capsys, tmp_path):
+    err = refused(script, capsys, "--runs-dir", tmp_path, *flags)
+    assert flag in err and fix in err, err
+    assert not list(tmp_path.iterdir())  # before any work starts
+
+
+def test_bad_input_through_the_command_line(tmp_path):
+    out, err = run(blpo, "--env-id", "Waker2d-v4", "--runs-dir", tmp_path, status=2)
+    assert out == "" and err.startswith("error: --env-id Waker2d-v4") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_non_finite_observation_stops_the_run(script, tmp_path):
+    flags = (*TINY, "--env-id", "tests.probe_envs:ProbeBroken-v0", "--total-timesteps", 10_000, "--runs-dir", tmp_path)
+    out, err = run(script, *flags, env={"PYTHONPATH": str(ROOT)}, status=1)
+    (folder,) = tmp_path.iterdir()
+    assert err.count("\n") == 1 and "ProbeBroken-v0" in err and "non-finite" in err and "step " in err and str(folder) in err
+    step = int(err.split("step ")[1].split(")")[0])
+    table = rows(folder / "progress.csv")
+    assert table[-1]["global_step"] <= step < table[-1]["global_step"] + 64 and rows(folder / "episodes.csv")
+
+
+# Learning
+
+
+PROBE = ["--num-envs", 8, "--num-steps", 16, "--num-minibatches", 8, "--update-epochs", 4, "--no-norm-obs", "--no-norm-reward"]
+PROBE += ["--actor-lr", 3e-3, "--critic-lr", 3e-3, "--eval-episodes", 1]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("name, steps, best, value", [("OneStep", [0.0], 0.5, 1.0), ("TwoStep", [0.0, 1.0], -0.5, 1.0)])
+def test_probe_actions_and_values(script, name, steps, best, value, tmp_path):
+    env_id = f"tests.probe_envs:Probe{name}-v0"
+    folder = train(script, tmp_path, *PROBE, "--env-id", env_id, "--total-timesteps", 25_000, "--gamma", 0.9)
+    actor, critic, _ = load(script, folder)
+    obs = torch.tensor(steps)[:, None]
+    assert float(actor.mean(obs)[-1]) == pytest.approx(best, abs=0.15)
+    spread = float(actor.log_std.exp().detach()) ** 2
+    values = critic(obs).detach()
+    assert float(values[-1]) == pytest.approx(value - spread, abs=0.15)  # E[(a - best)^2] = std^2
+    assert float(values[0]) == pytest.approx((value - spread) * 0.9 ** (len(steps) - 1), abs=0.15)
+    assert rows(folder / "evaluation.csv")[0]["return"] > 0.9
+    assert rows(folder / "episodes.csv")[0]["length"] == len(steps)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_truncation_bootstraps_and_termination_does_not(script, tmp_path):
+    flags = [*PROBE, "--total-timesteps", 25_000, "--gamma", 0.8, "--env-id"]
+    endless = train(script, tmp_path / "a", *flags, "tests.probe_envs:ProbeForever-v0")
+    assert rows(endless / "episodes.csv")[0]["length"] == 5
+    assert float(load(script, endless)[1](torch.zeros(1, 1))) == pytest.approx(1 / (1 - 0.8), rel=0.05)
+    ending = train(script, tmp_path / "b", *flags, "tests.probe_envs:ProbeProbe-v0")
+    assert float(load(script, ending)[1](torch.zeros(1, 1))) == pytest.approx(1.0, rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def walker(tmp_path_factory):
+    """20,000 steps of Walker2d-v4 under default flags."""
+    return train(blpo, tmp_path_factory.mktemp("walker"), "--env-id", "Walker2d-v4", "--total-timesteps", 20_480)
+
+
+def test_learns_to_walk_a_little(walker):
+    table = rows(walker / "progress.csv")
+    assert table[-1]["return_100"] > 2 * max(table[0]["return_100"], 20)
+    assert table[-1]["explained_variance"] > 0.5
+
+
+def test_default_ihvp_on_a_trained_critic_is_within_one_percent(walker):
+    """Against the dense float64 solve, at the default rank and damping, for a trajectory of the trained policy."""
+    args = blpo.Args()
+    actor, critic, model = load(blpo, walker)
+    critic.double()
+    rms = blpo.RunningMeanStd(17)
+    rms.mean, rms.var = model["obs_rms"]["mean"].numpy(), model["obs_rms"]["var"].numpy()
+    env, generator = gym.make("Walker2d-v4"), torch.Generator().manual_seed(0)
+    obs, _ = env.reset(seed=0)
+    states, rewards, dones = [], [], []
+    for _ in range(args.num_steps):
+        states.append(rms.normalize(obs))
+        with torch.no_grad():
+            mean = actor.mean(torch.as_tensor(states[-1], dtype=torch.float32))
+        action = mean + actor.log_std.exp() * torch.randn(6, generator=generator)
+        obs, reward, terminated, truncated, _ = env.step(action.detach().numpy().clip(-1, 1))
+        rewards.append(reward)
+        dones.append(terminated or truncated)
+        if dones[-1]:
+            obs, _ = env.reset()
+    states = torch.as_tensor(np.array(states))
+    done = torch.tensor([dones])
+    matrix = blpo.gae_matrix(done, args.gamma, args.gae_lambda)[0].double()
+    w = blpo.flat(critic.parameters()).detach()
+
+    def values(w):
+        return torch.func.functional_call(critic, blpo.unflat(w, critic), (states,))
+
+    def leader(w):
+        V = values(w)
+        delta = torch.as_tensor(rewards) / 10 + args.gamma * torch.where(done[0], 0, V.roll(-1)) - V
+        return -(matrix @ delta + V).mean()
+
+    returns = values(w) + torch.randn(len(states), generator=generator)
+    grad_fn = lambda w: torch.autograd.grad(((returns - values(w)) ** 2).mean(), w, create_graph=True)[0]
+    v = torch.func.grad(leader)(w)
+    H = torch.cat([hessian_sketch(grad_fn, w, columns) for columns in torch.eye(len(w), dtype=w.dtype).split(64, 1)], 1)
+    assert torch.allclose(H, H.T, atol=1e-8)
+    reference = torch.linalg.solve(H + args.nystrom_rho * torch.eye(len(w), dtype=w.dtype), v)
+    errors = []
+    for seed in range(3):
+        x, info = nystrom_ihvp(
+            grad_fn, w, v, args.nystrom_rank, args.nystrom_rho, args.nystrom_sketch, torch.Generator().manual_seed(seed)
+        )
+        errors.append(float((x - reference).norm() / reference.norm()))
+    assert info["correction"] > 0.02  # there is something to approximate
+    assert max(errors) <= 0.01, errors
