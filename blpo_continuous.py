@@ -73,11 +73,11 @@ class Args:
     """train on the GPU; for networks of this size the CPU is faster"""
     track: bool = False
     """log to Weights and Biases too (WANDB_MODE=offline needs no account, WANDB_PROJECT names the project)"""
-    num_envs: int = 16
+    num_envs: int = 8
     """parallel environments"""
-    num_steps: int = 128
+    num_steps: int = 256
     """steps of each environment per rollout"""
-    num_minibatches: int = 16
+    num_minibatches: int = 8
     """minibatches per epoch, of whole trajectories: must divide num_envs"""
     update_epochs: int = 10
     """passes over a rollout"""

@@ -311,7 +311,7 @@ BAD_BLPO = [
     (["--nested-critic-steps", "0"], "--nested-critic-steps", "at least 1"),
     (["--implicit-bound", "-0.1"], "--implicit-bound", "positive"),
     (["--implicit-clip", "0"], "--implicit-clip", "positive"),
-    (["--num-minibatches", "32"], "--num-minibatches", "--num-envs"),
+    (["--num-minibatches", "16"], "--num-minibatches", "--num-envs"),
 ]
 BAD_PPO = [
     (["--vf-coef", "0"], "--vf-coef", "positive"),
