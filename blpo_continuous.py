@@ -52,7 +52,7 @@ import tyro
 from torch.autograd import forward_ad  # BLPO:
 from tqdm import tqdm
 
-from nystrom import cg_ihvp, hessian_sketch, nystrom_ihvp, nystrom_solve, sketch_matrix  # BLPO:
+from nystrom import cg_ihvp, make_sketch, nystrom_ihvp, nystrom_solve  # BLPO:
 
 
 @dataclass
@@ -110,12 +110,12 @@ class Args:
     """solver of step 3; "pcg" is CG preconditioned by the Nystrom sketch, "none" is nesting without a hypergradient"""
     hypergradient: Literal["exact", "released", "control"] = "exact"
     """"exact"; "released": as in the authors' code; "control": the plain advantage in place of the implicit weights"""
-    nystrom_rank: int = 5
+    nystrom_rank: int = 3
     """Hessian-vector products in the sketch"""
     nystrom_rho: float = 50.0
     """damping rho of the critic's Hessian (the poster's alpha), for every solver"""
-    nystrom_sketch: Literal["v-gaussian", "gaussian", "columns"] = "v-gaussian"
-    """what the Hessian is multiplied by; "columns" is the poster's random column sampling"""
+    nystrom_sketch: Literal["krylov", "v-gaussian", "gaussian", "columns"] = "krylov"
+    """what the Hessian is multiplied by (nystrom.py); "columns" is the poster's random column sampling"""
     cg_iters: int = 50
     """iterations of cg and pcg at most; they stop earlier at a relative residual of 1e-3"""
     implicit_bound: float = 1.0
@@ -333,8 +333,7 @@ def solve_ihvp(grad_fn, w, v, args: Args, generator):
             return nystrom_ihvp(grad_fn, w, v, rank, rho, sketch, generator)
         precondition = None
         if args.ihvp == "pcg":
-            omega = sketch_matrix(sketch, v, rank, generator)
-            Y = hessian_sketch(grad_fn, w, omega)
+            omega, Y = make_sketch(sketch, grad_fn, w, v, rank, generator)
             precondition = lambda r: nystrom_solve(Y, omega, r, rho)[0]
         return cg_ihvp(grad_fn, w, v, rho, args.cg_iters, 1e-3, precondition)
     except ValueError:

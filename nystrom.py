@@ -6,44 +6,39 @@ Everything works on flat vectors; how parameters are raveled is the caller's bus
     loss = lambda w: ((targets - model_on_flat_parameters(w, inputs)) ** 2).mean()
     grad_fn = lambda w: torch.autograd.grad(loss(w), w, create_graph=True)[0]
     v = torch.randn_like(w)
-    x, info = nystrom_ihvp(grad_fn, w, v, rank=5, rho=50.0)
+    x, info = nystrom_ihvp(grad_fn, w, v, rank=3, rho=50.0)
 
 The Nystrom method knows H only through a sketch Y = H Omega, that is `rank` Hessian-vector products, and replaces H by
-H_q = Y (Omega^T Y)^+ Y^T. With the columns of Omega taken from the identity this is the BLPO poster's formula
+H_q = Y (Omega^T Y)^+ Y^T. What Omega is makes the method:
 
-    (H_q + rho I)^{-1} v = v / rho - C (M + C^T C / rho)^{-1} C^T v / rho^2,    C = H[:, Q],  M = H[Q, Q],
+    "columns"     random coordinate vectors: the BLPO poster's formula, with C = H[:, Q] and M = H[Q, Q],
+                  (H_q + rho I)^{-1} v = v / rho - C (M + C^T C / rho)^{-1} C^T v / rho^2
+    "gaussian"    standard normal: randomized Nystrom approximation, Frangella, Tropp & Udell (arXiv:2110.02820)
+    "v-gaussian"  v first, then standard normal: H_q is exact on v, the one vector that the inverse is applied to
+    "krylov"      an orthonormal basis of v, Hv, H^2 v, ...: exact on all of them, so that the error falls geometrically;
+                  its products come one after the other, those of the others in one batch
 
-and with a Gaussian Omega the randomized Nystrom approximation of Frangella, Tropp & Udell (arXiv:2110.02820). The raw
-formula is unsafe: the Hessian of a non-linear least-squares loss is indefinite, and M + C^T C / rho can be singular. Here
-the directions in which the symmetrised M is not safely positive are dropped, in float64, so that H_q is positive
-semidefinite and ||x|| <= ||v|| / rho always holds.
+The raw formula is unsafe: the Hessian of a non-linear least-squares loss is indefinite, and M + C^T C / rho can be singular.
+Here the directions in which the symmetrised M = Omega^T Y is not safely positive are dropped, in float64, so that H_q is
+positive semidefinite and ||x|| <= ||v|| / rho always holds.
 """
 
 import math
 
 import torch
 
-SKETCHES = ("v-gaussian", "gaussian", "columns")
+SKETCHES = ("krylov", "v-gaussian", "gaussian", "columns")
 
 
 def sketch_matrix(kind, v, rank, generator=None):
-    """The matrix Omega (p, rank) whose Hessian-vector products make the sketch.
-
-    "columns": distinct random coordinate vectors (the poster's method). "gaussian": standard normal columns of about unit
-    length. "v-gaussian": the same with v / ||v|| first, which makes H_q exact on v itself: at the same cost the error of x
-    falls by one to two orders of magnitude when rho is large, since x is then close to v / rho - H v / rho^2.
-    """
-    if kind not in SKETCHES:
-        raise ValueError(f"kind must be one of {SKETCHES}, got {kind!r}")
-    if not 0 <= rank <= len(v):
-        raise ValueError(f"rank must lie between 0 and the number of parameters {len(v)}, got {rank}")
+    """Omega (p, rank) of every sketch but "krylov", which needs H: see krylov_sketch. Columns have about unit length."""
     like = dict(dtype=v.dtype, device=v.device)
     if kind == "columns":
         chosen = torch.randperm(len(v), generator=generator, device=v.device)[:rank]
         return torch.zeros(len(v), rank, **like).index_put_((chosen, torch.arange(rank)), torch.ones((), **like))
     omega = torch.randn(len(v), rank, generator=generator, **like) / math.sqrt(len(v))
     if kind == "v-gaussian" and rank > 0:
-        omega[:, 0] = v / v.norm().clamp_min(torch.finfo(v.dtype).tiny)
+        omega[:, 0] = _unit(v)
     return omega
 
 
@@ -60,6 +55,39 @@ def hessian_sketch(grad_fn, w, omega):
     gradient = grad_fn(w)
     # H is symmetric, so the vector-Jacobian products of the gradient are Hessian-vector products.
     return torch.autograd.grad(gradient, w, omega.T, is_grads_batched=True)[0].T
+
+
+def krylov_sketch(grad_fn, w, v, rank):
+    """Omega, an orthonormal basis of span{v, Hv, ..., H^(rank-1) v}, and Y = H Omega, both (p, rank) or narrower."""
+    w = w.detach().requires_grad_()
+    gradient = grad_fn(w)
+    omega, Y = v.new_zeros(len(v), rank), v.new_zeros(len(v), rank)
+    direction = _unit(v)
+    for j in range(rank):
+        omega[:, j] = direction
+        Y[:, j] = torch.autograd.grad(gradient, w, direction, retain_graph=True)[0]
+        basis, direction = omega[:, : j + 1], Y[:, j]
+        for _ in range(2):  # Gram-Schmidt, twice is enough
+            direction = direction - basis @ (basis.T @ direction)
+        norm = direction.norm()
+        if not norm > 100 * torch.finfo(v.dtype).eps * Y.norm():  # H maps the basis into itself: nothing is missing
+            return omega[:, : j + 1], Y[:, : j + 1]
+        direction = direction / norm
+    return omega, Y
+
+
+def make_sketch(kind, grad_fn, w, v, rank, generator=None):
+    """Omega and Y = H(w) Omega of one of the SKETCHES."""
+    if kind not in SKETCHES:
+        raise ValueError(f"kind of sketch must be one of {SKETCHES}, got {kind!r}")
+    if not 0 <= rank <= len(v):
+        raise ValueError(f"rank must lie between 0 and the number of parameters {len(v)}, got {rank}")
+    if w.shape != v.shape:
+        raise ValueError(f"w and v must have the same shape, got {tuple(w.shape)} and {tuple(v.shape)}")
+    if kind == "krylov":
+        return krylov_sketch(grad_fn, w, v, rank)
+    omega = sketch_matrix(kind, v, rank, generator)
+    return omega, hessian_sketch(grad_fn, w, omega)
 
 
 def nystrom_solve(Y, omega, v, rho):
@@ -89,11 +117,11 @@ def nystrom_solve(Y, omega, v, rho):
     return x.to(v.dtype), {"correction": float(change.norm() / unit.norm()), "rank": int(keep.sum())}
 
 
-def nystrom_ihvp(grad_fn, w, v, rank=5, rho=50.0, sketch="v-gaussian", generator=None):
+def nystrom_ihvp(grad_fn, w, v, rank=3, rho=50.0, sketch="krylov", generator=None):
     """Sketch the Hessian of the loss at w with `rank` products and solve: the two steps above in one call."""
     _check(v, rho)
-    omega = sketch_matrix(sketch, v, rank, generator)
-    return nystrom_solve(hessian_sketch(grad_fn, w, omega), omega, v, rho)
+    omega, Y = make_sketch(sketch, grad_fn, w, v, rank, generator)
+    return nystrom_solve(Y, omega, v, rho)
 
 
 def cg_ihvp(grad_fn, w, v, rho=50.0, max_iters=50, tol=1e-5, preconditioner=None):
@@ -139,3 +167,8 @@ def _check(v, rho):
         raise ValueError("v must be a flat vector of finite numbers")
     if not 0 < rho < math.inf:
         raise ValueError(f"rho must be positive and finite, got {rho}")
+
+
+def _unit(v):
+    scaled = v / v.abs().max().clamp_min(torch.finfo(v.dtype).tiny)  # a tiny float32 v would underflow in the norm
+    return scaled / scaled.norm().clamp_min(torch.finfo(v.dtype).tiny)

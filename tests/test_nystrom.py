@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nystrom import SKETCHES, cg_ihvp, hessian_sketch, nystrom_ihvp, nystrom_solve, sketch_matrix
+from nystrom import SKETCHES, cg_ihvp, hessian_sketch, krylov_sketch, make_sketch, nystrom_ihvp, nystrom_solve, sketch_matrix
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -37,7 +37,7 @@ def test_full_rank_equals_dense_solve(sketch, rho):
     assert relative_error(x, dense(H, v, rho)) < 1e-9
 
 
-@pytest.mark.parametrize("sketch", ["gaussian", "v-gaussian"])
+@pytest.mark.parametrize("sketch", ["gaussian", "v-gaussian", "krylov"])
 def test_exact_on_low_rank_hessian(sketch):
     H, v = random_symmetric(40, 1, [9.0, 4.0, 1.0, 0.5] + [0.0] * 36)
     for rank in (5, 8):
@@ -99,8 +99,8 @@ def test_sketch_columns_equal_hessian_columns_of_a_deep_network():
     grad_fn = lambda w: torch.autograd.grad(loss(w), w, create_graph=True)[0]
     assert torch.linalg.eigvalsh(H)[0] < 0  # the case that matters
     for sketch in SKETCHES:
-        omega = sketch_matrix(sketch, v, 6)
-        assert torch.allclose(hessian_sketch(grad_fn, w, omega), H @ omega, atol=1e-12)
+        omega, Y = make_sketch(sketch, grad_fn, w, v, 6)
+        assert omega.shape == (p, 6) and torch.allclose(Y, H @ omega, atol=1e-12)
 
 
 @pytest.mark.parametrize("sketch", SKETCHES)
@@ -112,16 +112,28 @@ def test_zero_v_same_generator_rank_zero(sketch):
     assert torch.equal(solve(v, 0)[0], v / 2.0)
 
 
-def test_v_first_is_accurate_where_the_others_are_not():
-    """The eigenvalues of a trained critic's Hessian, rank 5 and rho 50 as published: the same five products buy more. (The 1 % of a
-    real critic: test_scripts.py.)"""
-    top = torch.tensor([56.0, 10.7, 4.1, 3.1])
-    H, v = random_symmetric(400, 5, torch.cat([top, 2.0 / torch.arange(1, 397) ** 1.5]))
+def test_krylov_basis_is_orthonormal_and_stops_when_complete():
+    H, v = random_symmetric(60, 11, torch.linspace(0.01, 50, 60))
+    omega, Y = krylov_sketch(quadratic(H), torch.zeros(60), v, 30)
+    assert torch.allclose(omega.T @ omega, torch.eye(30), atol=1e-12) and torch.allclose(Y, H @ omega, atol=1e-12)
+    power = torch.stack([torch.linalg.matrix_power(H, k) @ v for k in range(3)], 1)
+    assert torch.allclose(omega[:, :3] @ (omega[:, :3].T @ power), power, rtol=1e-9)
+    H, v = random_symmetric(60, 11, [7.0, 2.0, 1.0] + [0.0] * 57)
+    omega, _ = krylov_sketch(quadratic(H), torch.zeros(60), v, 30)
+    assert omega.shape[1] == 4  # v and its images under three eigen-directions
+
+
+def test_sketches_by_accuracy():
+    """The eigenvalues of a trained critic's Hessian, rho as published: what the products buy. A real critic: test_scripts.py."""
+    H, v = random_symmetric(400, 5, torch.cat([torch.tensor([56.0, 10.7, 4.1, 3.1]), 2.0 / torch.arange(1, 397) ** 1.5]))
     v = H @ v
-    solve = lambda kind: nystrom_ihvp(quadratic(H), torch.zeros(400), v, 5, 50.0, kind, torch.Generator().manual_seed(0))[0]
-    errors = {kind: relative_error(solve(kind), dense(H, v, 50.0)) for kind in SKETCHES}
-    assert errors["v-gaussian"] < 0.03
-    assert errors["v-gaussian"] < min(errors["gaussian"], errors["columns"]) / 5
+
+    def error(kind, rank):
+        x = nystrom_ihvp(quadratic(H), torch.zeros(400), v, rank, 50.0, kind, torch.Generator().manual_seed(0))[0]
+        return relative_error(x, dense(H, v, 50.0))
+
+    assert error("krylov", 5) < 1e-5 and error("krylov", 3) < 1e-3
+    assert error("krylov", 3) < error("v-gaussian", 5) / 10
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e25])
@@ -182,7 +194,7 @@ NAN = torch.tensor([1.0, float("nan"), 0.0, 0.0], dtype=torch.float64)
         ("v must", lambda w, v: nystrom_ihvp(quadratic(H4), w, NAN, rank=2)),
         ("v must", lambda w, v: cg_ihvp(quadratic(H4), w, NAN)),
         ("v must", lambda w, v: nystrom_solve(H4, H4, v[None], 1.0)),
-        ("kind", lambda w, v: sketch_matrix("rows", v, 2)),
+        ("kind", lambda w, v: make_sketch("rows", quadratic(H4), w, v, 2)),
         ("omega", lambda w, v: hessian_sketch(quadratic(H4), w, H4[:3])),
         ("Y", lambda w, v: nystrom_solve(H4[:, :2], H4[:, :3], v, 1.0)),
         ("Y", lambda w, v: nystrom_solve(H4 * float("inf"), H4, v, 1.0)),

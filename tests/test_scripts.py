@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -194,7 +193,7 @@ def test_run_names_stay_in_the_runs_folder(tmp_path):
     [
         *(["--ihvp", ihvp, "--hypergradient", mode] for ihvp in ("nystrom", "cg", "pcg", "none") for mode in ("exact", "released")),
         ["--hypergradient", "control"],
-        *(["--nystrom-sketch", sketch, "--nystrom-rank", "3"] for sketch in ("v-gaussian", "gaussian", "columns")),
+        *(["--nystrom-sketch", sketch, "--nystrom-rank", "3"] for sketch in ("krylov", "v-gaussian", "gaussian", "columns")),
         ["--nystrom-rank", "0"],
         ["--nystrom-rho", "0.5", "--cg-iters", "3", "--ihvp", "cg"],
         ["--implicit-bound", "inf", "--implicit-clip", "inf", "--nested-critic-steps", "5"],
@@ -349,18 +348,18 @@ def test_non_finite_observation_stops_the_run(script, tmp_path):
 # Learning
 
 
-PROBE = ["--num-envs", 8, "--num-steps", 16, "--num-minibatches", 8, "--update-epochs", 4, "--no-norm-obs", "--no-norm-reward"]
-PROBE += ["--actor-lr", 3e-3, "--critic-lr", 3e-3, "--eval-episodes", 1]
+PROBE = ["--num-envs", 8, "--num-steps", 16, "--num-minibatches", 2, "--update-epochs", 4, "--no-norm-obs", "--no-norm-reward"]
+PROBE += ["--actor-lr", 3e-3, "--critic-lr", 3e-3, "--eval-episodes", 1, "--total-timesteps", 15_000]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("name, steps, best, value", [("OneStep", [0.0], 0.5, 1.0), ("TwoStep", [0.0, 1.0], -0.5, 1.0)])
 def test_probe_actions_and_values(script, name, steps, best, value, tmp_path):
     env_id = f"tests.probe_envs:Probe{name}-v0"
-    folder = train(script, tmp_path, *PROBE, "--env-id", env_id, "--total-timesteps", 25_000, "--gamma", 0.9)
+    folder = train(script, tmp_path, *PROBE, "--env-id", env_id, "--gamma", 0.9)
     actor, critic, _ = load(script, folder)
     obs = torch.tensor(steps)[:, None]
-    assert float(actor.mean(obs)[-1]) == pytest.approx(best, abs=0.15)
+    assert float(actor.mean(obs).detach()[-1]) == pytest.approx(best, abs=0.15)
     spread = float(actor.log_std.exp().detach()) ** 2
     values = critic(obs).detach()
     assert float(values[-1]) == pytest.approx(value - spread, abs=0.15)  # E[(a - best)^2] = std^2
@@ -371,70 +370,53 @@ def test_probe_actions_and_values(script, name, steps, best, value, tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_truncation_bootstraps_and_termination_does_not(script, tmp_path):
-    flags = [*PROBE, "--total-timesteps", 25_000, "--gamma", 0.8, "--env-id"]
+    flags = [*PROBE, "--gamma", 0.8, "--env-id"]
     endless = train(script, tmp_path / "a", *flags, "tests.probe_envs:ProbeForever-v0")
     assert rows(endless / "episodes.csv")[0]["length"] == 5
-    assert float(load(script, endless)[1](torch.zeros(1, 1))) == pytest.approx(1 / (1 - 0.8), rel=0.05)
+    assert float(load(script, endless)[1](torch.zeros(1, 1)).detach()) == pytest.approx(1 / (1 - 0.8), rel=0.05)
     ending = train(script, tmp_path / "b", *flags, "tests.probe_envs:ProbeProbe-v0")
-    assert float(load(script, ending)[1](torch.zeros(1, 1))) == pytest.approx(1.0, rel=0.05)
+    assert float(load(script, ending)[1](torch.zeros(1, 1)).detach()) == pytest.approx(1.0, rel=0.05)
 
 
 @pytest.fixture(scope="module")
 def walker(tmp_path_factory):
-    """20,000 steps of Walker2d-v4 under default flags."""
-    return train(blpo, tmp_path_factory.mktemp("walker"), "--env-id", "Walker2d-v4", "--total-timesteps", 20_480)
+    """61,440 steps of Walker2d-v4 under default flags, and what implicit_weights was called with last."""
+    last, implicit_weights = [], blpo.implicit_weights
+
+    def spy(critic, mb, ratio, args, generator):
+        last[:] = critic, mb, ratio, args
+        return implicit_weights(critic, mb, ratio, args, generator)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blpo, "implicit_weights", spy)
+        folder = train(blpo, tmp_path_factory.mktemp("walker"), "--env-id", "Walker2d-v4", "--total-timesteps", 61_440)
+    return folder, last
 
 
 def test_learns_to_walk_a_little(walker):
-    table = rows(walker / "progress.csv")
-    assert table[-1]["return_100"] > 2 * max(table[0]["return_100"], 20)
+    table = rows(walker[0] / "progress.csv")
+    assert table[-1]["return_100"] > 200 > table[1]["return_100"]
     assert table[-1]["explained_variance"] > 0.5
 
 
-def test_default_ihvp_on_a_trained_critic_is_within_one_percent(walker):
-    """Against the dense float64 solve, at the default rank and damping, for a trajectory of the trained policy."""
-    args = blpo.Args()
-    actor, critic, model = load(blpo, walker)
-    critic.double()
-    rms = blpo.RunningMeanStd(17)
-    rms.mean, rms.var = model["obs_rms"]["mean"].numpy(), model["obs_rms"]["var"].numpy()
-    env, generator = gym.make("Walker2d-v4"), torch.Generator().manual_seed(0)
-    obs, _ = env.reset(seed=0)
-    states, rewards, dones = [], [], []
-    for _ in range(args.num_steps):
-        states.append(rms.normalize(obs))
-        with torch.no_grad():
-            mean = actor.mean(torch.as_tensor(states[-1], dtype=torch.float32))
-        action = mean + actor.log_std.exp() * torch.randn(6, generator=generator)
-        obs, reward, terminated, truncated, _ = env.step(action.detach().numpy().clip(-1, 1))
-        rewards.append(reward)
-        dones.append(terminated or truncated)
-        if dones[-1]:
-            obs, _ = env.reset()
-    states = torch.as_tensor(np.array(states))
-    done = torch.tensor([dones])
-    matrix = blpo.gae_matrix(done, args.gamma, args.gae_lambda)[0].double()
-    w = blpo.flat(critic.parameters()).detach()
-
-    def values(w):
-        return torch.func.functional_call(critic, blpo.unflat(w, critic), (states,))
-
-    def leader(w):
-        V = values(w)
-        delta = torch.as_tensor(rewards) / 10 + args.gamma * torch.where(done[0], 0, V.roll(-1)) - V
-        return -(matrix @ delta + V).mean()
-
-    returns = values(w) + torch.randn(len(states), generator=generator)
-    grad_fn = lambda w: torch.autograd.grad(((returns - values(w)) ** 2).mean(), w, create_graph=True)[0]
-    v = torch.func.grad(leader)(w)
-    H = torch.cat([hessian_sketch(grad_fn, w, columns) for columns in torch.eye(len(w), dtype=w.dtype).split(64, 1)], 1)
-    assert torch.allclose(H, H.T, atol=1e-8)
+def test_default_ihvp_on_a_trained_critic_is_within_a_tenth_of_a_percent(walker, monkeypatch):
+    """Against the dense float64 solve, default rank and damping, on the last minibatch of a real run."""
+    critic, mb, ratio, args = walker[1]
+    mb = blpo.Batch(*(x.double() if x.is_floating_point() else x for x in mb))
+    system = []
+    monkeypatch.setattr(blpo, "solve_ihvp", lambda grad_fn, w, v, *_: system.extend((grad_fn, w, v)) or (v, {"correction": 0.0}))
+    blpo.implicit_weights(critic.double(), mb, ratio.detach().double(), args, None)
+    grad_fn, w, v = system[0], system[1].detach(), system[2]
+    H = torch.cat([hessian_sketch(grad_fn, w, columns) for columns in torch.eye(len(w), dtype=w.dtype).split(128, 1)], 1)
+    assert torch.allclose(H, H.T, atol=1e-8) and H.dtype == torch.float64
     reference = torch.linalg.solve(H + args.nystrom_rho * torch.eye(len(w), dtype=w.dtype), v)
-    errors = []
-    for seed in range(3):
-        x, info = nystrom_ihvp(
-            grad_fn, w, v, args.nystrom_rank, args.nystrom_rho, args.nystrom_sketch, torch.Generator().manual_seed(seed)
-        )
-        errors.append(float((x - reference).norm() / reference.norm()))
-    assert info["correction"] > 0.02  # there is something to approximate
-    assert max(errors) <= 0.01, errors
+
+    def error(sketch, seed):
+        generator = torch.Generator().manual_seed(seed)
+        x, _ = nystrom_ihvp(grad_fn, w, v, args.nystrom_rank, args.nystrom_rho, sketch, generator)
+        return float((x - reference).norm() / reference.norm())
+
+    errors = [error(args.nystrom_sketch, seed) for seed in range(2)]
+    print("relative errors", errors, "columns", [error("columns", seed) for seed in range(5)])
+    assert max(errors) <= 0.001
+    assert float((v / args.nystrom_rho - reference).norm() / reference.norm()) > 0.2  # there is something to approximate
