@@ -258,12 +258,12 @@ class Batch(NamedTuple):
     """A rollout, or the trajectories of it that make a minibatch: N environments, T steps."""
 
     obs: torch.Tensor  # (N, T, obs_dim)
-    next_obs: torch.Tensor  # (N, T, obs_dim), the true next state, also where an episode ended
+    next_obs: torch.Tensor  # BLPO: (N, T, obs_dim), the true next state, also where an episode ended
     actions: torch.Tensor  # (N, T, action_dim)
-    rewards: torch.Tensor  # (N, T)
-    terminated: torch.Tensor  # (N, T), 1. where the episode terminated (truncation does not count)
-    cut: torch.Tensor  # (N, T), True where next_obs is not the next step's obs: episode ends and the last step
-    gae_matrix: torch.Tensor  # (N, T, T)
+    rewards: torch.Tensor  # BLPO: (N, T)
+    terminated: torch.Tensor  # BLPO: (N, T), 1. where the episode terminated (truncation does not count)
+    cut: torch.Tensor  # BLPO: (N, T), True where next_obs is not the next step's obs: episode ends and the last step
+    gae_matrix: torch.Tensor  # BLPO: (N, T, T)
     logprobs: torch.Tensor  # (N, T), under the policy that acted
     advantages: torch.Tensor  # (N, T), under the critic as it was when the iteration began
     returns: torch.Tensor  # (N, T), the lambda-returns of that critic: the regression targets
@@ -634,7 +634,7 @@ def train(args: Args) -> Path:
                     implicit = torch.autograd.grad(implicit, actor_params)
                     gradient, implicit_info = add_bounded(flat(gradient), flat(implicit), args.implicit_bound)
                     gradient, info = unflat(gradient, actor).values(), info | implicit_info
-                for name, value in info.items():
+                for name, value in info.items():  # BLPO:
                     metrics[name].append(value)
                 metrics["skipped_updates"].append(apply_gradient(actor_optimizer, gradient, args.max_grad_norm))
                 with torch.no_grad():

@@ -13,3 +13,8 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore:.*is out of date")  # the v4 environments of the published tables
+    config.addinivalue_line("filterwarnings", "ignore:.*torch.jit.script")  # raised inside torch itself

@@ -1,10 +1,13 @@
 """The scripts as a user meets them: the command line, the run folder, learning on tasks with known answers."""
 
 import csv
+import difflib
 import inspect
 import json
 import math
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -76,6 +79,16 @@ def test_shared_blocks_are_identical():
         assert blocks[0] == blocks[1] and len(blocks[0]) > 500
 
 
+def test_what_only_blpo_has_is_marked():
+    """Every block that blpo_continuous.py adds, rather than words differently, carries a `# BLPO:`."""
+    texts = [Path(script.__file__).read_text().split('"""', 2)[2].splitlines() for script in SCRIPTS]
+    for kind, _, _, first, last in difflib.SequenceMatcher(None, *texts, autojunk=False).get_opcodes():
+        block = [line for line in texts[1][first:last] if line.strip()]
+        if kind == "insert" and block:
+            assert any("# BLPO:" in line for line in [*block, texts[1][first - 1]]), block
+    assert "BLPO:" not in "".join(texts[0])
+
+
 def test_every_flag_is_read_and_documented():
     for script in SCRIPTS:
         source = Path(script.__file__).read_text()
@@ -84,6 +97,16 @@ def test_every_flag_is_read_and_documented():
         out, _ = run(script, "--help")
         for name, field in script.Args.__dataclass_fields__.items():
             assert f"--{name.replace('_', '-')}" in out
+
+
+def test_commands_in_the_readme_are_accepted(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"python (ppo|blpo)_continuous\.py([^`\n#]*)", text)
+    assert len(commands) >= 6
+    for script, flags in commands:
+        script = dict(ppo=ppo, blpo=blpo)[script]
+        script.check_args(script.parse_args(shlex.split(flags)))
 
 
 # The run folder

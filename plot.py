@@ -1,0 +1,119 @@
+"""Results from run folders: per-seed curves as small CSV files, a Markdown table and learning curves.
+
+    python plot.py --runs-dir runs          # runs/ -> results/ (finished runs only), then results/ -> table and figure
+    python plot.py                          # only results/ -> table and figure
+
+results/{env_id}__{exp_name}__{seed}.csv holds about 200 points of (global_step, return_100), the mean return of the last 100
+training episodes; results/summary.csv a line per run with its final return_100, its deterministic evaluation, versions and flags.
+"""
+
+import csv
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+
+# Okabe-Ito colours, readable in grey by their line style; a method looks the same everywhere.
+STYLES = {
+    "blpo": ("#0072B2", "-", "BLPO (exact)"),
+    "blpo-released": ("#56B4E9", "--", "BLPO (released)"),
+    "control": ("#E69F00", "-.", "control: plain advantage"),
+    "nested": ("#009E73", ":", "nesting only"),
+    "ppo-matched": ("#000000", (0, (5, 1)), "PPO, matched"),
+}
+
+
+@dataclass
+class Args:
+    runs_dir: str = ""
+    """folder of run folders whose finished runs are added to results_dir first"""
+    results_dir: str = "results"
+    """folder of the per-seed CSV files"""
+    figure: str = "figures/continuous.png"
+    """the figure to write"""
+
+
+def read(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def export(runs_dir: Path, results_dir: Path):
+    """Thins every finished run (one with an evaluation) to about 200 points; unfinished ones are named."""
+    results_dir.mkdir(exist_ok=True)
+    summary_path = results_dir / "summary.csv"
+    summary = {(row["env_id"], row["exp_name"], row["seed"]): row for row in read(summary_path)} if summary_path.exists() else {}
+    for folder in sorted(path.parent for path in runs_dir.glob("*/config.json")):
+        if not (folder / "evaluation.csv").exists():
+            print(f"unfinished, left out: {folder.name}")
+            continue
+        config, progress = json.loads((folder / "config.json").read_text()), read(folder / "progress.csv")
+        flags, returns = config["flags"], [float(row["return"]) for row in read(folder / "evaluation.csv")]
+        name = flags["env_id"].replace("/", "-"), flags["exp_name"], str(flags["seed"])
+        keep = np.unique(np.linspace(0, len(progress) - 1, 200).astype(int))
+        with open(results_dir / ("__".join(name) + ".csv"), "w") as file:
+            file.write("global_step,return_100\n")
+            file.writelines(f"{progress[i]['global_step']},{float(progress[i]['return_100']):.2f}\n" for i in keep)
+        last = progress[-1]
+        row = dict(zip(("env_id", "exp_name", "seed"), name)) | {"global_step": last["global_step"]}
+        row |= {"return_100": round(float(last["return_100"]), 2), "eval_return": round(float(np.mean(returns)), 2)}
+        row |= {"wall_seconds": last["wall_seconds"], "sps": last["sps"]} | config["versions"]
+        row["flags"] = json.dumps({k: v for k, v in flags.items() if k not in ("runs_dir", "env_id", "exp_name", "seed")})
+        summary[name] = row
+    with open(summary_path, "w", newline="") as file:
+        writer = csv.DictWriter(file, next(iter(summary.values())), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(summary[key] for key in sorted(summary))
+
+
+def table(summary) -> str:
+    """Markdown: mean ± standard deviation over seeds of the last 100 training episodes and of the evaluation."""
+    lines = ["| environment | method | seeds | last 100 training episodes | each seed | deterministic evaluation |", "|---|---|---|---|---|---|"]
+    groups = defaultdict(list)
+    for row in summary:
+        groups[row["env_id"], row["exp_name"]].append(row)
+    order = list(STYLES)
+    for (env_id, method), rows in sorted(groups.items(), key=lambda item: (item[0][0], order.index(item[0][1]))):
+        final, evaluation = ([float(row[key]) for row in rows] for key in ("return_100", "eval_return"))
+        spread = lambda x: f"{np.mean(x):,.0f} ± {np.std(x, ddof=1):,.0f}" if len(x) > 1 else f"{x[0]:,.0f}"
+        each = ", ".join(f"{x:,.0f}" for x in final)
+        lines.append(f"| {env_id} | {STYLES[method][2]} | {len(rows)} | {spread(final)} | {each} | {spread(evaluation)} |")
+    return "\n".join(lines)
+
+
+def draw(results_dir: Path, summary, figure: Path):
+    """A panel per environment: mean over seeds, thin lines for the seeds themselves."""
+    environments = sorted({row["env_id"] for row in summary}, reverse=True)
+    fig, axes = plt.subplots(1, len(environments), figsize=(5.2 * len(environments), 4.2), squeeze=False)
+    for axis, env_id in zip(axes[0], environments):
+        for method, (colour, style, label) in STYLES.items():
+            rows = [row for row in summary if (row["env_id"], row["exp_name"]) == (env_id, method)]
+            if not rows:
+                continue
+            curves = [read(results_dir / f"{env_id}__{method}__{row['seed']}.csv") for row in rows]
+            steps, returns = (np.array([[float(p[k]) for p in c] for c in curves]) for k in ("global_step", "return_100"))
+            axis.plot(steps.T / 1e6, returns.T, color=colour, linewidth=0.5, alpha=0.45)
+            axis.plot(steps[0] / 1e6, returns.mean(0), color=colour, linestyle=style, linewidth=2, label=f"{label} (n = {len(rows)})")
+        axis.set(title=env_id, xlabel="environment steps (millions)", xlim=(0, None), ylim=(0, None))
+        axis.grid(alpha=0.25)
+        axis.legend(loc="upper left", fontsize=8, frameon=False)
+    axes[0, 0].set_ylabel("return, mean of the last 100 episodes")
+    fig.tight_layout()
+    figure.parent.mkdir(exist_ok=True)
+    fig.savefig(figure, dpi=120)
+
+
+if __name__ == "__main__":
+    matplotlib.use("Agg")
+    args = tyro.cli(Args, description=__doc__)
+    results = Path(args.results_dir)
+    if args.runs_dir:
+        export(Path(args.runs_dir), results)
+    summary = read(results / "summary.csv")
+    print(table(summary))
+    draw(results, summary, Path(args.figure))
