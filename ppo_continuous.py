@@ -48,7 +48,7 @@ class Args:
     seed: int = 1
     """seed of the environments, the networks, the exploration noise and the minibatches"""
     total_timesteps: int = 1_000_000
-    """environment steps in total, over all environments"""
+    """environment steps in total, over all environments, rounded down to whole rollouts"""
     runs_dir: str = "runs"
     """folder that receives the run folder {env_id}__{exp_name}__{seed}__{unix time}"""
     eval_episodes: int = 10
@@ -139,11 +139,11 @@ def check_args(args: Args) -> None:
     try:
         if module:
             importlib.import_module(module)
-        spec = gym.spec(name)
-    except (ImportError, gym.error.Error) as problem:
+        mujoco_3 = gym.spec(name).id == "Pusher-v4" and int(importlib.metadata.version("mujoco").split(".")[0]) >= 3
+    except Exception as problem:  # a foreign module may raise anything
         close = difflib.get_close_matches(name, gym.registry, n=3)
         fail(f"--env-id {args.env_id}: {problem}" + f" Close: {', '.join(close)}." * bool(close))
-    if spec.id == "Pusher-v4" and int(importlib.metadata.version("mujoco").split(".")[0]) >= 3:
+    if mujoco_3:
         fail("--env-id Pusher-v4 needs mujoco < 3: use Pusher-v5")
     try:
         os.makedirs(args.runs_dir, exist_ok=True)
@@ -429,10 +429,14 @@ def train(args: Args) -> Path:
             raw_obs, reward, terminations, truncations, infos = envs.step(action)
             lap("env")
             global_step += N
-            if not math.isfinite(raw_obs.sum() + reward.sum()):
+            ended = np.flatnonzero(terminations | truncations)
+            last_obs = raw_obs.copy()  # the true next observation, where raw_obs has the next episode's first
+            for i in ended:
+                last_obs[i] = infos["final_obs"][i]
+            if not math.isfinite(raw_obs.sum() + last_obs.sum() + reward.sum()):
                 run.close()
-                index = int(np.argmin(np.isfinite(raw_obs).all(1) & np.isfinite(reward)))
-                what = f"{args.env_id} returned a non-finite observation or reward (environment {index}"
+                finite = np.isfinite(raw_obs).all(1) & np.isfinite(last_obs).all(1) & np.isfinite(reward)
+                what = f"{args.env_id} returned a non-finite observation or reward (environment {np.argmin(finite)}"
                 fail(f"{what}, step {global_step}); what was measured until then is in {run.folder}", status=1)
             episode_return += reward
             episode_length += 1
@@ -443,10 +447,9 @@ def train(args: Args) -> Path:
                 return_rms.update(discounted_return)
                 reward = np.clip(reward / np.sqrt(return_rms.var + 1e-8), -10, 10)
             now_obs = normalize(raw_obs).astype(np.float32)
-            next_obs[:, t], rewards[:, t] = now_obs, reward
-            terminated[:, t], done[:, t] = terminations, terminations | truncations
-            for i in np.flatnonzero(done[:, t]):
-                next_obs[i, t] = normalize(infos["final_obs"][i])
+            next_obs[:, t] = normalize(last_obs)
+            rewards[:, t], terminated[:, t], done[:, t] = reward, terminations, terminations | truncations
+            for i in ended:
                 run.episodes.write(f"{global_step},{float(episode_return[i])!r},{episode_length[i]}\n")
                 recent.append((episode_return[i], episode_length[i]))  # the last 100
                 episodes += 1

@@ -80,10 +80,20 @@ class Broken(Probe):
         return np.array([np.nan if self.total > 200 else self.t], np.float32)
 
 
+class BrokenEnd(Probe):
+    """The last observation of the thirtieth episode is NaN, the reset after it is fine again: a simulation that blew up."""
+
+    steps, episodes = 7, 0
+
+    def observe(self):
+        self.episodes += self.t == self.steps
+        return np.array([np.nan if self.t == self.steps and self.episodes > 30 else self.t], np.float32)
+
+
 class Refuses(Probe):
     def __init__(self):
         raise RuntimeError("no licence\nfor this simulator")
 
 
-for name, limit in dict(OneStep=None, TwoStep=None, Probe=None, Forever=5, Odd=None, Broken=None, Refuses=None).items():
+for name, limit in dict(OneStep=None, TwoStep=None, Probe=None, Forever=5, Odd=None, Broken=None, BrokenEnd=None, Refuses=None).items():
     gym.register(f"Probe{name}-v0", entry_point=globals()[name], max_episode_steps=limit)

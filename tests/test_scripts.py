@@ -357,12 +357,12 @@ def test_bad_input_through_the_command_line(tmp_path):
     assert out == "" and err.startswith("error: --env-id Waker2d-v4") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_non_finite_observation_stops_the_run(script, tmp_path):
-    flags = (*TINY, "--env-id", "tests.probe_envs:ProbeBroken-v0", "--total-timesteps", 10_000, "--runs-dir", tmp_path)
+@pytest.mark.parametrize("script, name", [(ppo, "ProbeBroken-v0"), (blpo, "ProbeBroken-v0"), (blpo, "ProbeBrokenEnd-v0")])
+def test_non_finite_observation_stops_the_run(script, name, tmp_path):
+    flags = (*TINY, "--env-id", f"tests.probe_envs:{name}", "--total-timesteps", 10_000, "--runs-dir", tmp_path)
     out, err = run(script, *flags, env={"PYTHONPATH": str(ROOT)}, status=1)
     (folder,) = tmp_path.iterdir()
-    assert err.count("\n") == 1 and "ProbeBroken-v0" in err and "non-finite" in err and "step " in err and str(folder) in err
+    assert err.count("\n") == 1 and name in err and "non-finite" in err and "step " in err and str(folder) in err
     step = int(err.split("step ")[1].split(")")[0])
     table = rows(folder / "progress.csv")
     assert table[-1]["global_step"] <= step < table[-1]["global_step"] + 64 and rows(folder / "episodes.csv")
