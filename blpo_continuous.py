@@ -155,6 +155,7 @@ def check_args(args: Args) -> None:
     require("lie in [0, 1]", lambda x: 0 <= x <= 1, "gamma", "gae_lambda")
     require("be 0 or positive, and finite", lambda x: 0 <= x < math.inf, "ent_coef", "eval_episodes")
     require("lie in [0, 2^31)", lambda n: 0 <= n < 2**31, "seed")
+    require("have at most 100 characters", lambda name: len(name) <= 100, "exp_name", "env_id")
     # BLPO:
     require("be at least 1", lambda n: n >= 1, "nested_critic_steps", "cg_iters")
     require("be positive and finite", lambda x: 0 < x < math.inf, "nystrom_rho")
@@ -427,10 +428,10 @@ class Run:
 
     def __init__(self, args: Args):
         stem = re.sub(r"[^\w.-]+", "-", f"{args.env_id}__{args.exp_name}__{args.seed}")
-        born = int(time.time())
-        while (folder := Path(args.runs_dir) / f"{stem}__{born}").exists():
-            born += 1
-        folder.mkdir()
+        for born in itertools.count(int(time.time())):  # the next free second: runs may start at the same time
+            with contextlib.suppress(FileExistsError):
+                (folder := Path(args.runs_dir) / f"{stem}__{born}").mkdir()
+                break
         self.folder, self.total, self.progress, self.wandb, self.last_line = folder, args.total_timesteps, None, None, 0.0
         versions = {"python": platform.python_version()}
         for package in ("torch", "gymnasium", "mujoco", "numpy"):
@@ -475,6 +476,13 @@ class Run:
         elif time.time() - self.last_line > 5:
             self.last_line = time.time()
             print(f"step {step:>9,} of {self.total:,}  {shown}", flush=True)
+
+    def check_finite(self, step: int, *arrays):  # each (N, ...)
+        if not math.isfinite(sum(array.sum() for array in arrays)):
+            self.close()
+            bad = np.argmin(np.isfinite(np.concatenate(arrays, axis=1)).all(1))
+            what = f"{self.config['flags']['env_id']} returned a non-finite observation or reward (environment {bad}, step {step})"
+            fail(f"{what}; what was measured until then is in {self.folder}", status=1)
 
     def close(self):
         for stream in filter(None, (self.episodes, self.progress)):
@@ -533,6 +541,7 @@ def train(args: Args) -> Path:
     recent, episodes, global_step = deque(maxlen=100), 0, 0
     normalize = obs_rms.normalize if args.norm_obs else lambda x: x
     raw_obs, _ = envs.reset(seed=args.seed)
+    run.check_finite(0, raw_obs)
     if args.norm_obs:
         obs_rms.update(raw_obs)
     now_obs = normalize(raw_obs).astype(np.float32)
@@ -562,11 +571,7 @@ def train(args: Args) -> Path:
             last_obs = raw_obs.copy()  # the true next observation, where raw_obs has the next episode's first
             for i in ended:
                 last_obs[i] = infos["final_obs"][i]
-            if not math.isfinite(raw_obs.sum() + last_obs.sum() + reward.sum()):
-                run.close()
-                finite = np.isfinite(raw_obs).all(1) & np.isfinite(last_obs).all(1) & np.isfinite(reward)
-                what = f"{args.env_id} returned a non-finite observation or reward (environment {np.argmin(finite)}"
-                fail(f"{what}, step {global_step}); what was measured until then is in {run.folder}", status=1)
+            run.check_finite(global_step, raw_obs, last_obs, reward[:, None])
             episode_return += reward
             episode_length += 1
             discounted_return = args.gamma * discounted_return + reward

@@ -319,6 +319,7 @@ BAD = [
     (["--eval-episodes", "-1"], "--eval-episodes", "positive"),
     (["--seed", "-1"], "--seed", "2^31"),
     (["--nosuchflag", "3"], "--nosuchflag", ""),
+    (["--exp-name", "x" * 300], "--exp-name", "100"),
     (["--runs-dir", "/dev/null/runs"], "--runs-dir", "another folder"),
 ]
 BAD_BLPO = [
