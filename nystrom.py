@@ -34,8 +34,9 @@ def sketch_matrix(kind, v, rank, generator=None):
     """Omega (p, rank) of every sketch but "krylov", which needs H: see krylov_sketch. Columns have about unit length."""
     like = dict(dtype=v.dtype, device=v.device)
     if kind == "columns":
-        chosen = torch.randperm(len(v), generator=generator, device=v.device)[:rank]
-        return torch.zeros(len(v), rank, **like).index_put_((chosen, torch.arange(rank)), torch.ones((), **like))
+        omega = torch.zeros(len(v), rank, **like)
+        omega[torch.randperm(len(v), generator=generator, device=v.device)[:rank], torch.arange(rank)] = 1
+        return omega
     omega = torch.randn(len(v), rank, generator=generator, **like) / math.sqrt(len(v))
     if kind == "v-gaussian" and rank > 0:
         omega[:, 0] = _unit(v)
@@ -135,12 +136,14 @@ def cg_ihvp(grad_fn, w, v, rho=50.0, max_iters=50, tol=1e-5, preconditioner=None
     _check(v, rho)
     if w.shape != v.shape:
         raise ValueError(f"w and v must have the same shape, got {tuple(w.shape)} and {tuple(v.shape)}")
-    norm_v = float(v.norm())
-    if norm_v == 0:
+    scale = float(v.abs().max())
+    if scale == 0:
         return v / rho, {"correction": 0.0, "residual": 0.0, "iterations": 0, "negative_curvature": False}
     w = w.detach().requires_grad_()
     gradient = grad_fn(w)
-    x, r = torch.zeros_like(v), v / norm_v
+    unit = _unit(v)
+    norm_v = scale * float((v / scale).norm())  # no underflow
+    x, r = torch.zeros_like(v), unit
     z = r if preconditioner is None else preconditioner(r)
     direction, rz = z, r @ z
     iterations, negative_curvature = 0, False
@@ -156,10 +159,10 @@ def cg_ihvp(grad_fn, w, v, rho=50.0, max_iters=50, tol=1e-5, preconditioner=None
         rz, rz_old = r @ z, rz
         direction = z + (rz / rz_old) * direction
         iterations += 1
-    x = x * norm_v if iterations else v / rho
+    x = x if iterations else unit / rho
     residual = float(r.norm()) if iterations else math.nan
-    correction = float((x - v / rho).norm() * (rho / norm_v))
-    return x, {"correction": correction, "residual": residual, "iterations": iterations, "negative_curvature": negative_curvature}
+    correction = float((rho * x - unit).norm())
+    return x * norm_v, {"correction": correction, "residual": residual, "iterations": iterations, "negative_curvature": negative_curvature}
 
 
 def _check(v, rho):

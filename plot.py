@@ -9,6 +9,8 @@ training episodes; results/summary.csv a line per run with its final return_100,
 
 import csv
 import json
+import re
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
-# Okabe-Ito colours, readable in grey by their line style; a method looks the same everywhere.
+# exp_name: colour, line style, label; other names get the next colour. Okabe-Ito colours, readable in grey by their line style; a method looks the same everywhere.
 STYLES = {
     "blpo": ("#0072B2", "-", "BLPO (exact)"),
     "blpo-released": ("#56B4E9", "--", "BLPO (released)"),
@@ -26,6 +28,10 @@ STYLES = {
     "nested": ("#009E73", ":", "nesting only"),
     "ppo-matched": ("#000000", (0, (5, 1)), "PPO, matched"),
 }
+
+
+def style(method):
+    return STYLES.get(method, (None, "-", method))
 
 
 @dataclass
@@ -36,6 +42,11 @@ class Args:
     """folder of the per-seed CSV files"""
     figure: str = "figures/continuous.png"
     """the figure to write"""
+
+
+def rank(method):
+    """Order of the methods in the table and the legend: as in STYLES, then the others."""
+    return list(STYLES).index(method) if method in STYLES else len(STYLES), method
 
 
 def read(path):
@@ -54,7 +65,7 @@ def export(runs_dir: Path, results_dir: Path):
             continue
         config, progress = json.loads((folder / "config.json").read_text()), read(folder / "progress.csv")
         flags, returns = config["flags"], [float(row["return"]) for row in read(folder / "evaluation.csv")]
-        name = flags["env_id"].replace("/", "-"), flags["exp_name"], str(flags["seed"])
+        name = *(re.sub(r"[^\w.-]+", "-", flags[key], flags=re.ASCII) for key in ("env_id", "exp_name")), str(flags["seed"])
         keep = np.unique(np.linspace(0, len(progress) - 1, 200).astype(int))
         with open(results_dir / ("__".join(name) + ".csv"), "w") as file:
             file.write("global_step,return_100\n")
@@ -65,8 +76,9 @@ def export(runs_dir: Path, results_dir: Path):
         row |= {"wall_seconds": last["wall_seconds"], "sps": last["sps"]} | config["versions"]
         row["flags"] = json.dumps({k: v for k, v in flags.items() if k not in ("runs_dir", "env_id", "exp_name", "seed")})
         summary[name] = row
+    columns = list(dict.fromkeys(column for row in summary.values() for column in row))
     with open(summary_path, "w", newline="") as file:
-        writer = csv.DictWriter(file, next(iter(summary.values())), lineterminator="\n")
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(summary[key] for key in sorted(summary))
 
@@ -77,12 +89,11 @@ def table(summary) -> str:
     groups = defaultdict(list)
     for row in summary:
         groups[row["env_id"], row["exp_name"]].append(row)
-    order = list(STYLES)
-    for (env_id, method), rows in sorted(groups.items(), key=lambda item: (item[0][0], order.index(item[0][1]))):
+    for (env_id, method), rows in sorted(groups.items(), key=lambda item: (item[0][0], rank(item[0][1]))):
         final, evaluation = ([float(row[key]) for row in rows] for key in ("return_100", "eval_return"))
         spread = lambda x: f"{np.mean(x):,.0f} ± {np.std(x, ddof=1):,.0f}" if len(x) > 1 else f"{x[0]:,.0f}"
         each = ", ".join(f"{x:,.0f}" for x in final)
-        lines.append(f"| {env_id} | {STYLES[method][2]} | {len(rows)} | {spread(final)} | {each} | {spread(evaluation)} |")
+        lines.append(f"| {env_id} | {style(method)[2]} | {len(rows)} | {spread(final)} | {each} | {spread(evaluation)} |")
     return "\n".join(lines)
 
 
@@ -91,15 +102,16 @@ def draw(results_dir: Path, summary, figure: Path):
     environments = sorted({row["env_id"] for row in summary}, reverse=True)
     fig, axes = plt.subplots(1, len(environments), figsize=(5.2 * len(environments), 4.2), squeeze=False)
     for axis, env_id in zip(axes[0], environments):
-        for method, (colour, style, label) in STYLES.items():
+        for method in sorted({row["exp_name"] for row in summary if row["env_id"] == env_id}, key=rank):
+            colour, line, label = style(method)
             rows = [row for row in summary if (row["env_id"], row["exp_name"]) == (env_id, method)]
-            if not rows:
-                continue
             curves = [read(results_dir / f"{env_id}__{method}__{row['seed']}.csv") for row in rows]
-            steps, returns = (np.array([[float(p[k]) for p in c] for c in curves]) for k in ("global_step", "return_100"))
-            axis.plot(steps.T / 1e6, returns.T, color=colour, linewidth=0.5, alpha=0.45)
-            axis.plot(steps[0] / 1e6, returns.mean(0), color=colour, linestyle=style, linewidth=2, label=f"{label} (n = {len(rows)})")
-        axis.set(title=env_id, xlabel="environment steps (millions)", xlim=(0, None), ylim=(0, None))
+            curves = [np.array([[float(p["global_step"]), float(p["return_100"])] for p in curve]).T for curve in curves]
+            steps = max((curve[0] for curve in curves), key=len)
+            returns = np.array([np.interp(steps, *curve, right=np.nan) for curve in curves])  # a short run ends where it ends
+            (mean,) = axis.plot(steps / 1e6, returns.mean(0), color=colour, linestyle=line, linewidth=2, label=f"{label} (n = {len(rows)})")
+            axis.plot(steps / 1e6, returns.T, color=mean.get_color(), linewidth=0.5, alpha=0.45)
+        axis.set(title=env_id, xlabel="environment steps (millions)", xlim=(0, None))
         axis.grid(alpha=0.25)
         axis.legend(loc="upper left", fontsize=8, frameon=False)
     axes[0, 0].set_ylabel("return, mean of the last 100 episodes")
@@ -114,6 +126,8 @@ if __name__ == "__main__":
     results = Path(args.results_dir)
     if args.runs_dir:
         export(Path(args.runs_dir), results)
-    summary = read(results / "summary.csv")
+    summary = read(results / "summary.csv") if (results / "summary.csv").exists() else []
+    if not summary:
+        sys.exit(f"error: no results in {results}: name a folder with finished runs by --runs-dir")
     print(table(summary))
     draw(results, summary, Path(args.figure))

@@ -129,23 +129,26 @@ def check_args(args: Args) -> None:
     require("be 0 or positive, and finite", lambda x: 0 <= x < math.inf, "ent_coef", "eval_episodes")
     require("lie in [0, 2^31)", lambda n: 0 <= n < 2**31, "seed")
     require("have at most 100 characters", lambda name: len(name) <= 100, "exp_name", "env_id")
+    small = f"keep num_envs * num_steps^2, the size of the GAE matrices, below 2^31, with --num-envs {args.num_envs}"
+    require(small, lambda steps: args.num_envs * steps**2 < 2**31, "num_steps")
     require("be positive and finite", lambda x: 0 < x < math.inf, "vf_coef")
 
     rollout = args.num_envs * args.num_steps
     require(f"be at least one rollout, num_envs * num_steps = {rollout}", lambda n: n >= rollout, "total_timesteps")
     parts, what = (args.num_envs, "--num-envs") if args.trajectory_minibatches else (rollout, "num_envs * num_steps =")
     require(f"divide {what} {parts}", lambda n: parts % n == 0, "num_minibatches")
+    require("leave two steps to a minibatch, or give --no-norm-adv", lambda n: not args.norm_adv or rollout >= 2 * n, "num_minibatches")
     require("be off: torch finds no GPU here", lambda on: not on or torch.cuda.is_available(), "cuda")
     module, _, name = args.env_id.rpartition(":")
     try:
         if module:
             importlib.import_module(module)
-        mujoco_3 = gym.spec(name).id == "Pusher-v4" and int(importlib.metadata.version("mujoco").split(".")[0]) >= 3
+        gym.spec(name)
     except Exception as problem:  # a foreign module may raise anything
         close = difflib.get_close_matches(name, gym.registry, n=3)
         fail(f"--env-id {args.env_id}: {problem}" + f" Close: {', '.join(close)}." * bool(close))
-    if mujoco_3:
-        fail("--env-id Pusher-v4 needs mujoco < 3: use Pusher-v5")
+    if name == "Pusher-v4":
+        fail("--env-id Pusher-v4 does not work with mujoco >= 3: use Pusher-v5")
     try:
         os.makedirs(args.runs_dir, exist_ok=True)
         tempfile.TemporaryDirectory(dir=args.runs_dir).cleanup()
@@ -165,12 +168,16 @@ def make_envs(args: Args) -> gym.vector.SyncVectorEnv:
         # SAME_STEP: the step that ends an episode returns the next one's first observation, the true last one in infos
         thunks = [lambda: make_env(args.env_id)] * args.num_envs
         envs = gym.vector.SyncVectorEnv(thunks, copy=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+        envs.reset(seed=args.seed)
     except Exception as problem:  # whatever a foreign environment raises
         fail(f"--env-id {args.env_id} cannot be made: {problem}")
-    if isinstance(envs.single_action_space, gym.spaces.Discrete):
+    obs_space, action_space = envs.single_observation_space, envs.single_action_space
+    if isinstance(action_space, gym.spaces.Discrete):
         fail(f"--env-id {args.env_id} has discrete actions: use blpo_discrete.py")
-    if not isinstance(envs.single_action_space, gym.spaces.Box):
-        fail(f"--env-id {args.env_id} has actions {envs.single_action_space}: name an environment with a Box action space")
+    if not (isinstance(action_space, gym.spaces.Box) and np.issubdtype(action_space.dtype, np.floating)):
+        fail(f"--env-id {args.env_id} has actions {action_space}: name an environment with a real-valued Box action space")
+    if not isinstance(obs_space, gym.spaces.Box):
+        fail(f"--env-id {args.env_id} has observations {obs_space}, which cannot be flattened: name another environment")
     return envs
 
 
@@ -302,7 +309,7 @@ class Run:
     """The run folder: config.json at once, progress.csv and episodes.csv line by line, so that a killed run keeps them."""
 
     def __init__(self, args: Args):
-        stem = re.sub(r"[^\w.-]+", "-", f"{args.env_id}__{args.exp_name}__{args.seed}")
+        stem = re.sub(r"[^\w.-]+", "-", f"{args.env_id}__{args.exp_name}__{args.seed}", flags=re.ASCII)
         for born in itertools.count(int(time.time())):  # the next free second: runs may start at the same time
             with contextlib.suppress(FileExistsError):
                 (folder := Path(args.runs_dir) / f"{stem}__{born}").mkdir()
@@ -353,7 +360,7 @@ class Run:
             print(f"step {step:>9,} of {self.total:,}  {shown}", flush=True)
 
     def check_finite(self, step: int, *arrays):  # each (N, ...)
-        if not math.isfinite(sum(array.sum() for array in arrays)):
+        if not all(np.isfinite(array).all() for array in arrays):
             self.close()
             bad = np.argmin(np.isfinite(np.concatenate(arrays, axis=1)).all(1))
             what = f"{self.config['flags']['env_id']} returned a non-finite observation or reward (environment {bad}, step {step})"
@@ -370,13 +377,13 @@ class Run:
 
 
 def evaluate(actor: Actor, obs_rms: RunningMeanStd | None, env_id: str, episodes: int, seed: int):
-    """Returns and lengths of whole episodes under the mean action and frozen observation statistics."""
+    """Returns and lengths of whole episodes, of 100,000 steps at most, under the mean action and frozen statistics."""
     env = make_env(env_id)
     returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=int)
     for episode in range(episodes):
         obs, _ = env.reset(seed=seed + episode)
         done = False
-        while not done:
+        while not done and lengths[episode] < 100_000:
             obs = obs_rms.normalize(obs) if obs_rms else obs
             with torch.no_grad():
                 action = actor.mean(torch.as_tensor(obs, dtype=torch.float32))
@@ -522,7 +529,7 @@ def train(args: Args) -> Path:
         run.log(row)
 
     envs.close()
-    model = {"actor": actor.state_dict(), "critic": critic.state_dict(), "config": run.config}
+    model = {"actor": actor.cpu().state_dict(), "critic": critic.cpu().state_dict(), "config": run.config}
     if args.norm_obs:
         model["obs_rms"] = {name: torch.as_tensor(value) for name, value in vars(obs_rms).items()}
     torch.save(model, run.folder / "model.pt")
@@ -530,7 +537,7 @@ def train(args: Args) -> Path:
     phases = ", ".join(f"{phase} {1e3 * spent / iterations:.0f}" for phase, spent in seconds.items())
     print(f"{global_step:,} steps in {wall:.0f} s, {global_step / wall:.0f} SPS; ms per iteration: {phases}")
     if args.eval_episodes:
-        returns, lengths = evaluate(actor.cpu(), obs_rms, args.env_id, args.eval_episodes, args.seed + 10_000)
+        returns, lengths = evaluate(actor, obs_rms, args.env_id, args.eval_episodes, args.seed + 10_000)
         rows = "".join(f"{r!r},{n}\n" for r, n in zip(returns.tolist(), lengths.tolist()))
         (run.folder / "evaluation.csv").write_text("return,length\n" + rows)
         print(f"evaluation, {args.eval_episodes} deterministic episodes: return {returns.mean():.1f} ± {returns.std():.1f}", end="")
@@ -541,7 +548,8 @@ def train(args: Args) -> Path:
 
 if __name__ == "__main__":
     # One thread is fastest for networks this small and lets seeds run side by side; OMP_NUM_THREADS overrides it.
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    torch.set_num_threads(int(threads) if threads.isdecimal() and int(threads) > 0 else 1)
     warnings.filterwarnings("ignore", message=".*is out of date.*")  # the v4 environments of the published tables
     args = parse_args()
     check_args(args)

@@ -95,5 +95,16 @@ class Refuses(Probe):
         raise RuntimeError("no licence\nfor this simulator")
 
 
-for name, limit in dict(OneStep=None, TwoStep=None, Probe=None, Forever=5, Odd=None, Broken=None, BrokenEnd=None, Refuses=None).items():
+class NoReset(Probe):
+    def reset(self, **_):
+        raise RuntimeError("lost the map")
+
+
+class IntegerAction(Probe):
+    def __init__(self):
+        super().__init__()
+        self.action_space = gym.spaces.Box(0, 3, (2,), np.int64)
+
+
+for name, limit in dict(OneStep=None, TwoStep=None, Probe=None, Forever=5, Odd=None, Broken=None, BrokenEnd=None, Refuses=None, NoReset=None, IntegerAction=None).items():
     gym.register(f"Probe{name}-v0", entry_point=globals()[name], max_episode_steps=limit)

@@ -126,16 +126,14 @@ class MDP:
         ratio = (self.log_prob(theta) - self.log_prob(self.theta)).exp()
         return -(ratio * (advantages + values)).mean().detach()
 
-    def hypergradient(self, critic, args):
+    def hypergradient(self, critic, args, theta=None):
         """grad_theta f, implicit term and their sum, by the functions of the training loop."""
-        theta = self.theta.clone().requires_grad_()
+        theta = (self.theta if theta is None else theta).clone().requires_grad_()
         ratio = (self.log_prob(theta) - self.batch.logprobs).exp()
         advantages, weights, _ = blpo.implicit_weights(critic, self.batch, ratio, args, torch.Generator())
         direct = torch.autograd.grad(blpo.policy_loss(ratio, advantages, args.clip_coef), theta, retain_graph=True)
-        sign = weights if args.hypergradient == "exact" else advantages
-        implicit = torch.autograd.grad(blpo.implicit_loss(ratio, weights, sign, args.implicit_clip), theta)
-        direct, implicit = blpo.flat(direct), blpo.flat(implicit)
-        return direct, implicit, blpo.add_bounded(direct, implicit, args.implicit_bound)[0]
+        h, _ = blpo.hypergradient(direct, ratio, weights, advantages, [theta], args)
+        return blpo.flat(direct), h - blpo.flat(direct), h
 
 
 def exact_args(mdp, **changes):
@@ -206,12 +204,14 @@ def test_which_leader(seed, monkeypatch):
 def test_released_mode_equals_literal_double_differentiation_of_L2(seed):
     mdp = MDP(seed)
     critic = LinearCritic(mdp.best_response(mdp.theta)[0] + 0.3)
-    args = exact_args(mdp, hypergradient="released", nystrom_rho=0.7)
-    _, implicit, _ = mdp.hypergradient(critic, args)
+    args = exact_args(mdp, hypergradient="released", nystrom_rho=0.7, implicit_clip=0.5)
+    moved = mdp.theta + 1.5 * torch.randn(3, 2, generator=torch.Generator().manual_seed(seed))  # where clips are active
+    _, implicit, _ = mdp.hypergradient(critic, args, moved)
 
     w = critic.weight.detach().clone().requires_grad_()
-    theta = mdp.theta.clone().requires_grad_()
+    theta = moved.clone().requires_grad_()
     ratio = (mdp.log_prob(theta) - mdp.batch.logprobs).exp()
+    assert ratio.min() < 0.5 or ratio.max() > 1.5
 
     def advantages_and_values(w):
         obs, next_obs = mdp.batch.obs @ w, mdp.batch.next_obs @ w
@@ -225,7 +225,7 @@ def test_released_mode_equals_literal_double_differentiation_of_L2(seed):
     H = torch.func.hessian(lambda w: ((mdp.batch.returns - mdp.batch.obs @ w) ** 2).mean())(w.detach())
     x = torch.linalg.solve(H + 0.7 * torch.eye(2), v)
     # a sum over the trajectory, the mean over the minibatch's trajectories
-    L2 = (-2 * ratio * A * (mdp.batch.returns - V)).sum(1).mean()
+    L2 = (-2 * torch.min(ratio * A, ratio.clamp(0.5, 1.5) * A) * (mdp.batch.returns - V)).sum(1).mean()
     gradient = torch.autograd.grad(L2, theta, create_graph=True)[0].flatten()
     term = torch.stack([torch.autograd.grad(g, w, retain_graph=True)[0] @ x for g in gradient])  # d/d eps grad L2(w + eps x)
     assert torch.allclose(implicit, -term, atol=1e-6)
@@ -297,9 +297,14 @@ def test_add_bounded():
 
 def test_non_finite_critic_drops_the_term_and_non_finite_gradients_are_refused():
     mdp = MDP(0)
+    critic = LinearCritic(mdp.best_response(mdp.theta)[0])
     for ihvp in ("nystrom", "cg", "pcg"):
-        direct, implicit, h = mdp.hypergradient(LinearCritic(torch.tensor([1.0, math.nan])), exact_args(mdp, ihvp=ihvp))
-        assert implicit.isnan().all()
+        x, info = blpo.solve_ihvp(lambda w: 2 * w, torch.zeros(2), torch.tensor([1.0, math.nan]), exact_args(mdp, ihvp=ihvp), None)
+        assert x.isnan().all() and math.isnan(info["correction"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blpo, "solve_ihvp", lambda grad_fn, w, v, *_: (v * math.nan, {"correction": math.nan}))
+        direct, implicit, h = mdp.hypergradient(critic, exact_args(mdp))
+    assert torch.isfinite(h).all() and torch.equal(h, direct)
     parameter = torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.Adam([parameter], lr=0.1)
     for bad in (math.nan, math.inf):

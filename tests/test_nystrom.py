@@ -144,6 +144,8 @@ def test_float32_input(scale):
     x32, _ = nystrom_ihvp(quadratic(H32), torch.zeros(25, dtype=torch.float32), v32, 25, 1.0, "columns")
     assert x32.dtype == torch.float32
     assert relative_error(x32.double() / scale, x64) < 1e-4
+    cg, _ = cg_ihvp(quadratic(H32), torch.zeros(25, dtype=torch.float32), v32, 1.0, 50, 1e-6)
+    assert relative_error(cg.double() / scale, x64) < 1e-4
 
 
 @pytest.mark.parametrize("preconditioned", [False, True])

@@ -93,10 +93,10 @@ def test_every_flag_is_read_and_documented():
     for script in SCRIPTS:
         source = Path(script.__file__).read_text()
         for name in script.Args.__dataclass_fields__:
-            assert f"args.{name}" in source or f'"{name}"' in source, name
+            assert re.search(rf"args\.{name}\b", source), name
+            assert re.search(rf'    {name}: .*\n    """\S.+"""\n', source), name
         out, _ = run(script, "--help")
-        for name, field in script.Args.__dataclass_fields__.items():
-            assert f"--{name.replace('_', '-')}" in out
+        assert "seed of the environments" in out
 
 
 def test_commands_in_the_readme_are_accepted(monkeypatch):
@@ -206,6 +206,24 @@ def test_wandb_offline_and_out_of_reach(tmp_path):
 def test_run_names_stay_in_the_runs_folder(tmp_path):
     folder = train(blpo, tmp_path, *TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 64, "--exp-name", "../../$(a b)")
     assert folder.parent == tmp_path and folder.is_dir()
+
+
+def test_plot_from_runs_to_table_and_figure(tmp_path):
+    for script, seed, steps in ((ppo, 1, 1000), (blpo, 1, 1000), (blpo, 2, 900)):
+        train(script, tmp_path / "runs", *TINY, "--env-id", "Pendulum-v1", "--total-timesteps", steps, "--seed", seed)
+    (tmp_path / "runs" / "killed").mkdir()
+    (tmp_path / "runs" / "killed" / "config.json").write_text("{}")
+    plot = [sys.executable, f"{ROOT}/plot.py", "--results-dir", tmp_path / "results", "--figure", tmp_path / "figures" / "f.png"]
+    empty = subprocess.run(plot, capture_output=True, text=True)
+    assert empty.returncode == 1 and "--runs-dir" in empty.stderr and empty.stderr.count("\n") == 1
+    first = subprocess.run([*plot, "--runs-dir", tmp_path / "runs"], capture_output=True, text=True, check=True)
+    assert "left out: killed" in first.stdout
+    assert "| Pendulum-v1 | blpo_continuous | 2 |" in first.stdout and "| Pendulum-v1 | ppo_continuous | 1 |" in first.stdout
+    again = subprocess.run(plot, capture_output=True, text=True, check=True)  # from results/ alone
+    assert again.stdout == first.stdout.split("\n", 1)[1]
+    assert (tmp_path / "figures" / "f.png").stat().st_size > 10_000
+    curve = rows(tmp_path / "results" / "Pendulum-v1__blpo_continuous__2.csv")
+    assert curve[-1]["global_step"] == 896 and curve[-1]["return_100"] < 0
 
 
 # Every flag value
@@ -320,6 +338,10 @@ BAD = [
     (["--seed", "-1"], "--seed", "2^31"),
     (["--nosuchflag", "3"], "--nosuchflag", ""),
     (["--exp-name", "x" * 300], "--exp-name", "100"),
+    (["--env-id", "tests.probe_envs:ProbeIntegerAction-v0"], "--env-id", "real-valued"),
+    (["--env-id", "tests.probe_envs:ProbeNoReset-v0"], "--env-id", "lost the map"),
+    (["--num-steps", "1000000", "--total-timesteps", "9" * 9], "--num-steps", "2^31"),
+    (["--num-envs", "2", "--num-steps", "1", "--num-minibatches", "2"], "--num-minibatches", "two steps"),
     (["--runs-dir", "/dev/null/runs"], "--runs-dir", "another folder"),
 ]
 BAD_BLPO = [
@@ -421,6 +443,7 @@ def test_learns_to_walk_a_little(walker):
     table = rows(walker[0] / "progress.csv")
     assert table[-1]["return_100"] > 200 > table[1]["return_100"]
     assert table[-1]["explained_variance"] > 0.5
+    assert all(row["implicit_dropped"] == row["skipped_updates"] == 0 for row in table)
 
 
 def test_default_ihvp_on_a_trained_critic_is_within_a_tenth_of_a_percent(walker, monkeypatch):
