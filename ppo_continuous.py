@@ -255,9 +255,10 @@ def gae_matrix(done, gamma: float, gae_lambda: float):
 
 
 def bootstrapped_values(critic, obs, next_obs, cut):
-    """V(s_t) and V(s'_t), both (N, T), with one extra evaluation only where s'_t is not the next step's state."""
-    values = critic(obs)
-    return values, values.roll(-1, 1).masked_scatter(cut, critic(next_obs[cut]))
+    """V(s_t) and V(s'_t), both (N, T), in one forward pass: over obs, and over next_obs only where it is not the next obs."""
+    both = critic(torch.cat([obs.flatten(0, 1), next_obs[cut]]))
+    values = both[: cut.numel()].view_as(cut)
+    return values, values.roll(-1, 1).masked_scatter(cut, both[cut.numel() :])
 
 
 def gae(rewards, values, next_values, terminated, matrix, gamma: float):
