@@ -100,7 +100,7 @@ def table(summary) -> str:
 def draw(results_dir: Path, summary, figure: Path):
     """A panel per environment: mean over seeds, thin lines for the seeds themselves."""
     environments = sorted({row["env_id"] for row in summary}, reverse=True)
-    fig, axes = plt.subplots(1, len(environments), figsize=(5.2 * len(environments), 4.2), squeeze=False)
+    fig, axes = plt.subplots(1, len(environments), figsize=(5.2 * len(environments), 4.8), squeeze=False)
     for axis, env_id in zip(axes[0], environments):
         for method in sorted({row["exp_name"] for row in summary if row["env_id"] == env_id}, key=rank):
             colour, line, label = style(method)
@@ -113,7 +113,7 @@ def draw(results_dir: Path, summary, figure: Path):
             axis.plot(steps / 1e6, returns.T, color=mean.get_color(), linewidth=0.5, alpha=0.45)
         axis.set(title=env_id, xlabel="environment steps (millions)", xlim=(0, None))
         axis.grid(alpha=0.25)
-        axis.legend(loc="upper left", fontsize=8, frameon=False)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=8, frameon=False)
     axes[0, 0].set_ylabel("return, mean of the last 100 episodes")
     fig.tight_layout()
     figure.parent.mkdir(exist_ok=True)
