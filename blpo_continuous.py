@@ -360,9 +360,11 @@ def implicit_weights(critic: nn.Module, mb: Batch, ratio, args: Args, generator)
     """
     w = flat(critic.parameters()).detach().requires_grad_()
 
+    def critic_at(w):
+        return lambda obs: torch.func.functional_call(critic, unflat(w, critic), (obs,))
+
     def values_at(w):
-        value = lambda obs: torch.func.functional_call(critic, unflat(w, critic), (obs,))
-        return bootstrapped_values(value, mb.obs, mb.next_obs, mb.cut)
+        return bootstrapped_values(critic_at(w), mb.obs, mb.next_obs, mb.cut)
 
     values, next_values = values_at(w)
     advantages = gae(mb.rewards, values, next_values, mb.terminated, mb.gae_matrix, args.gamma)
@@ -377,8 +379,7 @@ def implicit_weights(critic: nn.Module, mb: Batch, ratio, args: Args, generator)
     v = torch.autograd.grad(leader, w)[0]
 
     def grad_fn(w):
-        values = torch.func.functional_call(critic, unflat(w, critic), (mb.obs,))
-        return torch.autograd.grad(critic_loss(values, mb.returns), w, create_graph=True)[0]
+        return torch.autograd.grad(critic_loss(critic_at(w)(mb.obs), mb.returns), w, create_graph=True)[0]
 
     x, ihvp_info = solve_ihvp(grad_fn, w, v, args, generator)
     info["ihvp_correction"] = ihvp_info["correction"]
