@@ -14,7 +14,8 @@ c_k = sum_{t <= k, same episode} (gamma lambda)^{k-t} w_t the cross term is a po
 
     (grad^2_theta,omega g) x = -(2/B) sum_k c_k A_k grad_theta log pi(a_k | s_k),
 
-so that it costs one backward pass through the actor and no double one. tests/test_math.py proves it, sign included.
+so that it costs one backward pass through the actor and no double one. tests/test_math.py proves it, sign included. The
+products with H leave out the second derivatives of V (Gauss-Newton; --hessian full keeps them): no double backward at all.
 
 Deliberate deviations: the step's own baseline is left out of v (the leader is the return, as on the poster; with the
 baseline the total derivative opposes the policy gradient), and the implicit term, like that of the authors' released code,
@@ -49,10 +50,9 @@ import numpy as np
 import torch
 import torch.nn as nn
 import tyro
-from torch.autograd import forward_ad  # BLPO:
 from tqdm import tqdm
 
-from nystrom import cg_ihvp, make_sketch, nystrom_ihvp, nystrom_solve  # BLPO:
+from nystrom import cg_ihvp, hessian_products, make_sketch, nystrom_ihvp, nystrom_solve  # BLPO:
 
 
 @dataclass
@@ -110,12 +110,14 @@ class Args:
     """solver of step 3; "pcg" is CG preconditioned by the Nystrom sketch, "none" is nesting without a hypergradient"""
     hypergradient: Literal["exact", "released", "control"] = "exact"
     """"exact"; "released": as in the authors' code; "control": the plain advantage in place of the implicit weights"""
-    nystrom_rank: int = 3
+    nystrom_rank: int = 2
     """Hessian-vector products in the sketch"""
     nystrom_rho: float = 50.0
     """damping rho of the critic's Hessian (the poster's alpha), for every solver"""
     nystrom_sketch: Literal["krylov", "v-gaussian", "gaussian", "columns"] = "krylov"
     """what the Hessian is multiplied by (nystrom.py); "columns" is the poster's random column sampling"""
+    hessian: Literal["gauss-newton", "full"] = "gauss-newton"
+    """products with (2/B) J^T J, J the critic's Jacobian, or with all of the critic's Hessian, by double backward"""
     cg_iters: int = 50
     """iterations of cg and pcg at most; they stop earlier at a relative residual of 1e-3"""
     implicit_bound: float = 1.0
@@ -285,15 +287,19 @@ def gae_matrix(done, gamma: float, gae_lambda: float):
     episode = done.cumsum(1) - done.to(torch.long)  # number of ends before step t
     steps = torch.arange(done.shape[1], device=done.device)
     lag = steps[None, :] - steps[:, None]
-    decay = torch.where(lag >= 0, (gamma * gae_lambda) ** lag.clamp_min(0).to(torch.get_default_dtype()), 0.0)
+    decay = ((gamma * gae_lambda) ** steps.to(torch.get_default_dtype()))[lag.clamp_min(0)] * (lag >= 0)
     return decay * (episode[:, :, None] == episode[:, None, :])
 
 
-def bootstrapped_values(critic, obs, next_obs, cut):
-    """V(s_t) and V(s'_t), both (N, T), in one forward pass: over obs, and over next_obs only where it is not the next obs."""
-    both = critic(torch.cat([obs.flatten(0, 1), next_obs[cut]]))
-    values = both[: cut.numel()].view_as(cut)
-    return values, values.roll(-1, 1).masked_scatter(cut, both[cut.numel() :])
+def stacked_obs(obs, next_obs, cut):
+    """obs (N, T, obs_dim), then next_obs where it is not the next obs: what V is needed at, (n, obs_dim)."""
+    return torch.cat([obs.flatten(0, 1), next_obs[cut]])
+
+
+def split_values(stacked, cut):
+    """V(s_t) and V(s'_t), both (N, T), from V at stacked_obs."""
+    values = stacked[: cut.numel()].view_as(cut)
+    return values, values.roll(-1, 1).masked_scatter(cut, stacked[cut.numel() :])
 
 
 def gae(rewards, values, next_values, terminated, matrix, gamma: float):
@@ -312,41 +318,101 @@ def policy_loss(ratio, advantages, clip: float):
     return -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
 
 
-def apply_gradient(optimizer, gradient, max_norm: float) -> float:
-    """An optimizer step along gradient, clipped to max_norm; a non-finite one is refused. Returns 1. if so, else 0."""
-    parameters = optimizer.param_groups[0]["params"]
-    for p, g in zip(parameters, gradient):
-        p.grad = g
-    if not math.isfinite(nn.utils.clip_grad_norm_(parameters, max_norm)):
-        return 1.0
-    optimizer.step()
-    return 0.0
-
-
-# BLPO: flat vectors, as nystrom.py takes them, and back
 def flat(tensors):
     return torch.cat([t.flatten() for t in tensors])
 
 
+def flatten(module: nn.Module) -> nn.Parameter:
+    """All of module's parameters as one flat vector, of which they become parts: an optimizer then moves one tensor, not seven."""
+    vector = nn.Parameter(flat(module.parameters()).detach())
+    for p, part in zip(module.parameters(), vector.detach().split([p.numel() for p in module.parameters()])):
+        p.data = part.view_as(p)
+    return vector
+
+
+def apply_gradient(optimizer, gradient, max_norm: float) -> float:
+    """An optimizer step along a flat gradient, clipped to max_norm; a non-finite one is refused. Returns 1. if so, else 0."""
+    norm = float(gradient.norm())
+    if not math.isfinite(norm):
+        return 1.0
+    optimizer.param_groups[0]["params"][0].grad = gradient * min(1.0, max_norm / (norm + 1e-6))
+    optimizer.step()
+    return 0.0
+
+
+# BLPO: a flat vector as parameters again
 def unflat(vector, module: nn.Module) -> dict[str, torch.Tensor]:
     parts = vector.split([p.numel() for p in module.parameters()])
     return {name: part.view_as(p) for (name, p), part in zip(module.named_parameters(), parts)}
 
 
+# BLPO: steps 2 to 4
+class Jacobian:
+    """J (n, p), the derivatives of the critic's values at n observations by its parameters, layer by layer.
+
+    For a layer y = W a + b they are dV_n/dW = g_n a_n^T and dV_n/db = g_n with g_n = dV_n/dy_n, which one backward pass
+    gives for all n: products with J and its transpose then are a few matrix products, and no autograd.
+    """
+
+    def __init__(self, critic: nn.Module, obs):
+        y, inputs, outputs = obs, [], []
+        for layer in critic.value:
+            a, y = y.detach(), layer(y)
+            if isinstance(layer, nn.Linear):
+                inputs.append(a)
+                outputs.append(y)
+        self.values = y.detach().squeeze(-1)  # (n,)
+        self.layers = list(zip(inputs, torch.autograd.grad(y.sum(), outputs)))  # a (n, in) and g (n, out)
+        self.sizes = [size for a, g in self.layers for size in (g.shape[1] * a.shape[1], g.shape[1])]
+
+    def __matmul__(self, u):  # J u: (p,) -> (n,)
+        parts, total = iter(u.split(self.sizes)), 0
+        for a, g in self.layers:
+            W, b = next(parts).view(-1, a.shape[1]), next(parts)
+            total = total + (torch.addmm(b, a, W.T) * g).sum(1)
+        return total
+
+    def transposed(self, s):  # J^T s: (n,) -> (p,)
+        weighted = [(a, s[:, None] * g) for a, g in self.layers]
+        return flat(part for a, g in weighted for part in (g.T @ a, g.sum(0)))
+
+
 # BLPO: step 3
-def solve_ihvp(grad_fn, w, v, args: Args, generator):
+def solve_ihvp(product, v, args: Args, generator):
     """x = (H + rho I)^{-1} v by the solver of --ihvp; NaN where v or H is not finite, so that the term is dropped."""
     rank, rho, sketch = args.nystrom_rank, args.nystrom_rho, args.nystrom_sketch
     try:
         if args.ihvp == "nystrom":
-            return nystrom_ihvp(grad_fn, w, v, rank, rho, sketch, generator)
+            return nystrom_ihvp(product, v, rank, rho, sketch, generator)
         precondition = None
         if args.ihvp == "pcg":
-            omega, Y = make_sketch(sketch, grad_fn, w, v, rank, generator)
+            omega, Y = make_sketch(sketch, product, v, rank, generator)
             precondition = lambda r: nystrom_solve(Y, omega, r, rho)[0]
-        return cg_ihvp(grad_fn, w, v, rho, args.cg_iters, 1e-3, precondition)
+        return cg_ihvp(product, v, rho, args.cg_iters, 1e-3, precondition)
     except ValueError:
         return torch.full_like(v, math.nan), {"correction": math.nan}
+
+
+# BLPO: step 3
+def curvature(critic, mb: Batch, J: Jacobian, args: Args):
+    """The map u -> H u: the Hessian of g, or its Gauss-Newton part (2/B) J^T J, without the second derivatives of V."""
+    B = mb.obs[..., 0].numel()
+    if args.hessian == "full":
+
+        def grad_fn(w):
+            values = torch.func.functional_call(critic, unflat(w, critic), (mb.obs,))
+            return torch.autograd.grad(critic_loss(values, mb.returns), w, create_graph=True)[0]
+
+        return hessian_products(grad_fn, flat(critic.parameters()))
+    mean = torch.zeros_like(J.values)  # over the B observations, not the true next ones that follow them
+    mean[:B] = 2 / B
+
+    def product(u):
+        if u.ndim == 2:
+            return torch.stack([product(column) for column in u.T], 1)
+        return J.transposed(mean * (J @ u))
+
+    return product
 
 
 # BLPO: steps 2 to 4, up to the actor's backward pass
@@ -358,35 +424,24 @@ def implicit_weights(critic: nn.Module, mb: Batch, ratio, args: Args, generator)
     with L2 = -2 sum_t min(rho A, clip(rho) A) (R - V), so that a = 2 T (A w - dA e), e = R - V, dA the change of A along x.
     control: a = A, no hypergradient at all.
     """
-    w = flat(critic.parameters()).detach().requires_grad_()
-
-    def critic_at(w):
-        return lambda obs: torch.func.functional_call(critic, unflat(w, critic), (obs,))
-
-    def values_at(w):
-        return bootstrapped_values(critic_at(w), mb.obs, mb.next_obs, mb.cut)
-
-    values, next_values = values_at(w)
+    obs, plain = stacked_obs(mb.obs, mb.next_obs, mb.cut), args.ihvp == "none" or args.hypergradient == "control"
+    J = None if plain else Jacobian(critic, obs)
+    outputs = critic(obs).detach() if plain else J.values.requires_grad_()
+    values, next_values = split_values(outputs, mb.cut)
     advantages = gae(mb.rewards, values, next_values, mb.terminated, mb.gae_matrix, args.gamma)
     info = {"critic_loss_nested": float(critic_loss(values.detach(), mb.returns))}
-    if args.ihvp == "none" or args.hypergradient == "control":
-        return advantages.detach(), advantages.detach(), info
+    if plain:
+        return advantages, advantages, info
 
     if args.hypergradient == "exact":
         leader = -(advantages + values).mean()
     else:
         leader = policy_loss(ratio.detach(), advantages, args.clip_coef)
-    v = torch.autograd.grad(leader, w)[0]
-
-    def grad_fn(w):
-        return torch.autograd.grad(critic_loss(critic_at(w)(mb.obs), mb.returns), w, create_graph=True)[0]
-
-    x, ihvp_info = solve_ihvp(grad_fn, w, v, args, generator)
+    v = J.transposed(torch.autograd.grad(leader, outputs)[0])  # the chain rule, GAE's part by autograd
+    x, ihvp_info = solve_ihvp(curvature(critic, mb, J, args), v, args, generator)
     info["ihvp_correction"] = ihvp_info["correction"]
 
-    with forward_ad.dual_level():  # w_t = grad V(s_t) . x, and the same at s'_t
-        dual = values_at(forward_ad.make_dual(w.detach(), x))
-        change, next_change = (forward_ad.unpack_dual(value).tangent for value in dual)
+    change, next_change = split_values(J @ x, mb.cut)  # w_t = grad V(s_t) . x, and the same at s'_t
     values, advantages = values.detach(), advantages.detach()
     if args.hypergradient == "exact":
         c = (mb.gae_matrix.transpose(1, 2) @ change.unsqueeze(-1)).squeeze(-1)
@@ -405,10 +460,10 @@ def implicit_loss(ratio, weights, sign, clip: float):
 
 # BLPO: step 4
 def hypergradient(direct, ratio, weights, advantages, actor_params, args: Args):
-    """h = grad_theta f + the implicit term, flat, and its metrics; direct is grad_theta f, a tensor per parameter."""
+    """h = grad_theta f + the implicit term, flat, and its metrics; direct is grad_theta f, flat too."""
     sign = weights if args.hypergradient == "exact" else advantages
     implicit = torch.autograd.grad(implicit_loss(ratio, weights, sign, args.implicit_clip), actor_params)
-    return add_bounded(flat(direct), flat(implicit), args.implicit_bound)
+    return add_bounded(direct, flat(implicit), args.implicit_bound)
 
 
 # BLPO: step 4
@@ -541,8 +596,8 @@ def train(args: Args) -> Path:
     actor = Actor(obs_dim, int(np.prod(action_space.shape))).to(device)
     critic = Critic(obs_dim).to(device)
     actor_params, critic_params = list(actor.parameters()), list(critic.parameters())
-    actor_optimizer = torch.optim.Adam(actor_params, lr=args.actor_lr, eps=1e-5, fused=True)
-    critic_optimizer = torch.optim.Adam(critic_params, lr=args.critic_lr, eps=1e-5, fused=True)
+    actor_optimizer = torch.optim.Adam([flatten(actor)], lr=args.actor_lr, eps=1e-5, fused=True)
+    critic_optimizer = torch.optim.Adam([flatten(critic)], lr=args.critic_lr, eps=1e-5, fused=True)
     # BLPO: the sketch has a generator of its own, so that no solver disturbs the training streams
     sketch_generator = torch.Generator(device).manual_seed(args.seed)
     if args.nystrom_rank > (size := flat(critic_params).numel()):
@@ -614,7 +669,7 @@ def train(args: Args) -> Path:
             cut = b_done.clone()
             cut[:, -1] = True
             matrix = gae_matrix(b_done, args.gamma, args.gae_lambda)
-            values, next_values = bootstrapped_values(critic, b_obs, b_next_obs, cut)
+            values, next_values = split_values(critic(stacked_obs(b_obs, b_next_obs, cut)), cut)
             advantages = gae(b_rewards, values, next_values, b_terminated, matrix, args.gamma)
             logprobs = actor.log_prob(b_obs, b_actions)
         returns = advantages + values
@@ -633,7 +688,7 @@ def train(args: Args) -> Path:
                 # BLPO: 1. nesting: the critic best-responds before the actor moves
                 for step in range(args.nested_critic_steps):
                     loss = critic_loss(critic(mb.obs), mb.returns)
-                    gradient = torch.autograd.grad(loss, critic_params)
+                    gradient = flat(torch.autograd.grad(loss, critic_params))
                     metrics["skipped_updates"].append(apply_gradient(critic_optimizer, gradient, args.max_grad_norm))
                     if step == 0:
                         metrics["critic_loss"].append(float(loss.detach()))
@@ -650,12 +705,14 @@ def train(args: Args) -> Path:
                 normalized = advantages
                 if args.norm_adv:
                     normalized = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-                loss = policy_loss(ratio, normalized, args.clip_coef) - args.ent_coef * actor.entropy()
-                gradient = torch.autograd.grad(loss, actor_params, retain_graph=True)
+                loss = policy_loss(ratio, normalized, args.clip_coef)
+                if args.ent_coef > 0:
+                    loss = loss - args.ent_coef * actor.entropy()
+                gradient = flat(torch.autograd.grad(loss, actor_params, retain_graph=True))
                 # BLPO: 4. h = grad_theta f + the implicit term
                 if args.ihvp != "none":
-                    h, implicit_info = hypergradient(gradient, ratio, weights, advantages, actor_params, args)
-                    gradient, info = unflat(h, actor).values(), info | implicit_info
+                    gradient, implicit_info = hypergradient(gradient, ratio, weights, advantages, actor_params, args)
+                    info |= implicit_info
                 for name, value in info.items():  # BLPO:
                     metrics[name].append(value)
                 metrics["skipped_updates"].append(apply_gradient(actor_optimizer, gradient, args.max_grad_norm))

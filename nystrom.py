@@ -6,9 +6,11 @@ Everything works on flat vectors; how parameters are raveled is the caller's bus
     loss = lambda w: ((targets - model_on_flat_parameters(w, inputs)) ** 2).mean()
     grad_fn = lambda w: torch.autograd.grad(loss(w), w, create_graph=True)[0]
     v = torch.randn_like(w)
-    x, info = nystrom_ihvp(grad_fn, w, v, rank=3, rho=50.0)
+    x, info = nystrom_ihvp(hessian_products(grad_fn, w), v, rank=3, rho=50.0)
 
-The Nystrom method knows H only through a sketch Y = H Omega, that is `rank` Hessian-vector products, and replaces H by
+The solvers know H only through a map u -> H u, so that a Gauss-Newton or Fisher matrix can stand in for it.
+
+The Nystrom method takes a sketch Y = H Omega, that is `rank` Hessian-vector products, and replaces H by
 H_q = Y (Omega^T Y)^+ Y^T. What Omega is makes the method:
 
     "columns"     random coordinate vectors: the BLPO poster's formula, with C = H[:, Q] and M = H[Q, Q],
@@ -25,6 +27,7 @@ positive semidefinite and ||x|| <= ||v|| / rho always holds.
 
 import math
 
+import numpy as np
 import torch
 
 SKETCHES = ("krylov", "v-gaussian", "gaussian", "columns")
@@ -43,52 +46,54 @@ def sketch_matrix(kind, v, rank, generator=None):
     return omega
 
 
-def hessian_sketch(grad_fn, w, omega):
-    """Y = H(w) Omega, shape (p, q): q Hessian-vector products in one batched double backward.
+def hessian_products(grad_fn, w):
+    """The map u -> H(w) u for u of shape (p,), or (p, q) in one batch, by double backward.
 
     grad_fn maps a flat w (p,) that requires grad to the flat gradient (p,), differentiably (`create_graph=True`).
     """
-    if w.ndim != 1 or omega.ndim != 2 or len(omega) != len(w):
-        raise ValueError(f"omega must have shape ({w.numel()}, q) for w of shape (p,), got {tuple(omega.shape)}")
-    if omega.shape[1] == 0:
-        return torch.zeros_like(omega)
     w = w.detach().requires_grad_()
     gradient = grad_fn(w)
-    # H is symmetric, so the vector-Jacobian products of the gradient are Hessian-vector products.
-    return torch.autograd.grad(gradient, w, omega.T, is_grads_batched=True)[0].T
+
+    def product(u):
+        if len(u) != len(w) or u.ndim > 2:
+            raise ValueError(f"u must have shape ({len(w)},) or ({len(w)}, q), got {tuple(u.shape)}")
+        # H is symmetric, so the vector-Jacobian products of the gradient are Hessian-vector products.
+        if u.ndim == 1:
+            return torch.autograd.grad(gradient, w, u, retain_graph=True)[0]
+        return torch.autograd.grad(gradient, w, u.T, retain_graph=True, is_grads_batched=True)[0].T
+
+    return product
 
 
-def krylov_sketch(grad_fn, w, v, rank):
+def krylov_sketch(product, v, rank):
     """Omega, an orthonormal basis of span{v, Hv, ..., H^(rank-1) v}, and Y = H Omega, both (p, rank) or narrower."""
-    w = w.detach().requires_grad_()
-    gradient = grad_fn(w)
-    omega, Y = v.new_zeros(len(v), rank), v.new_zeros(len(v), rank)
-    direction = _unit(v)
+    omega, Y = v.new_zeros(rank, len(v)), v.new_zeros(rank, len(v))  # rows, contiguous, until they are returned
     for j in range(rank):
-        omega[:, j] = direction
-        Y[:, j] = torch.autograd.grad(gradient, w, direction, retain_graph=True)[0]
-        basis, direction = omega[:, : j + 1], Y[:, j]
-        for _ in range(2):  # Gram-Schmidt, twice is enough
-            direction = direction - basis @ (basis.T @ direction)
-        norm = direction.norm()
-        if not norm > 100 * torch.finfo(v.dtype).eps * Y.norm():  # H maps the basis into itself: nothing is missing
-            return omega[:, : j + 1], Y[:, : j + 1]
-        direction = direction / norm
-    return omega, Y
+        if j == 0:
+            direction = _unit(v)
+        else:
+            direction, basis = Y[j - 1], omega[:j]
+            for _ in range(2):  # Gram-Schmidt, twice is enough
+                direction = direction - (basis @ direction) @ basis
+            norm = float(direction.norm())
+            if not norm > 100 * torch.finfo(v.dtype).eps * float(Y.norm()):  # H maps the basis into itself: all is there
+                return basis.T, Y[:j].T
+            direction = direction / norm
+        omega[j] = direction
+        Y[j] = product(direction)
+    return omega.T, Y.T
 
 
-def make_sketch(kind, grad_fn, w, v, rank, generator=None):
-    """Omega and Y = H(w) Omega of one of the SKETCHES."""
+def make_sketch(kind, product, v, rank, generator=None):
+    """Omega and Y = H Omega of one of the SKETCHES; product maps u to H u, for u of shape (p,) or (p, q)."""
     if kind not in SKETCHES:
         raise ValueError(f"kind of sketch must be one of {SKETCHES}, got {kind!r}")
     if not 0 <= rank <= len(v):
         raise ValueError(f"rank must lie between 0 and the number of parameters {len(v)}, got {rank}")
-    if w.shape != v.shape:
-        raise ValueError(f"w and v must have the same shape, got {tuple(w.shape)} and {tuple(v.shape)}")
     if kind == "krylov":
-        return krylov_sketch(grad_fn, w, v, rank)
+        return krylov_sketch(product, v, rank)
     omega = sketch_matrix(kind, v, rank, generator)
-    return omega, hessian_sketch(grad_fn, w, omega)
+    return omega, product(omega) if rank else omega
 
 
 def nystrom_solve(Y, omega, v, rho):
@@ -100,32 +105,33 @@ def nystrom_solve(Y, omega, v, rho):
     _check(v, rho)
     if Y.shape != omega.shape or Y.ndim != 2 or len(Y) != len(v):
         raise ValueError(f"Y and omega must both have shape ({len(v)}, q), got {tuple(Y.shape)} and {tuple(omega.shape)}")
-    scale = v.abs().max().double()  # normalised first: a tiny float32 v must not underflow when it is squared
-    if scale == 0 or Y.shape[1] == 0:
+    scale, q = float(v.abs().max()), Y.shape[1]  # normalised first: a tiny float32 v must not underflow when it is squared
+    if scale == 0 or q == 0:
         return v / rho, {"correction": 0.0, "rank": 0}
-    if not torch.isfinite(Y).all():
+    unit = v / scale
+    rows = torch.cat([omega.T, Y.T, unit[None]]).double()
+    products = (rows[q:-1] @ rows.T).cpu().numpy()  # Y^T Omega, Y^T Y and Y^T v: what follows is q x q
+    if not np.isfinite(products).all():
         raise ValueError("Y must be finite; the Hessian-vector products overflowed")
-    tol = 10 * torch.finfo(Y.dtype).eps
-    Y, omega, unit = Y.double(), omega.double(), v.double() / scale
-    M = omega.T @ Y
-    eigenvalues, U = torch.linalg.eigh((M + M.T) / 2)
-    keep = eigenvalues > tol * eigenvalues[-1].clamp_min(0)
-    F = Y @ (U[:, keep] / eigenvalues[keep].sqrt())  # H_q = F F^T, (p, kept)
+    M, YY, Yv = products[:, :q], products[:, q:-1], products[:, -1]
+    eigenvalues, U = np.linalg.eigh((M + M.T) / 2)
+    keep = eigenvalues > 10 * torch.finfo(Y.dtype).eps * max(eigenvalues[-1], 0)
+    U = U[:, keep] / np.sqrt(eigenvalues[keep])  # H_q = F F^T with F = Y U
     # Woodbury: (F F^T + rho I)^{-1} v = (v - F (rho I + F^T F)^{-1} F^T v) / rho
-    inner = F.T @ F + rho * torch.eye(F.shape[1], dtype=F.dtype, device=F.device)
-    change = F @ torch.linalg.solve(inner, F.T @ unit)
+    small = U @ np.linalg.solve(U.T @ YY @ U + rho * np.eye(U.shape[1]), U.T @ Yv)
+    change = torch.from_numpy(small).to(v.device) @ rows[q:-1]
     x = (unit - change) * (scale / rho)
-    return x.to(v.dtype), {"correction": float(change.norm() / unit.norm()), "rank": int(keep.sum())}
+    return x.to(v.dtype), {"correction": float(change.norm() / unit.norm()), "rank": U.shape[1]}
 
 
-def nystrom_ihvp(grad_fn, w, v, rank=3, rho=50.0, sketch="krylov", generator=None):
-    """Sketch the Hessian of the loss at w with `rank` products and solve: the two steps above in one call."""
+def nystrom_ihvp(product, v, rank=3, rho=50.0, sketch="krylov", generator=None):
+    """Sketch the Hessian with `rank` products and solve: the two steps above in one call."""
     _check(v, rho)
-    omega, Y = make_sketch(sketch, grad_fn, w, v, rank, generator)
+    omega, Y = make_sketch(sketch, product, v, rank, generator)
     return nystrom_solve(Y, omega, v, rho)
 
 
-def cg_ihvp(grad_fn, w, v, rho=50.0, max_iters=50, tol=1e-5, preconditioner=None):
+def cg_ihvp(product, v, rho=50.0, max_iters=50, tol=1e-5, preconditioner=None):
     """Conjugate gradient on (H + rho I) x = v, one Hessian-vector product an iteration.
 
     Stops when ||r|| <= tol ||v||, after max_iters, or on a direction of non-positive or non-finite curvature, where it
@@ -134,13 +140,9 @@ def cg_ihvp(grad_fn, w, v, rho=50.0, max_iters=50, tol=1e-5, preconditioner=None
     "residual" = ||(H + rho I) x - v|| / ||v||, "iterations" and "negative_curvature".
     """
     _check(v, rho)
-    if w.shape != v.shape:
-        raise ValueError(f"w and v must have the same shape, got {tuple(w.shape)} and {tuple(v.shape)}")
     scale = float(v.abs().max())
     if scale == 0:
         return v / rho, {"correction": 0.0, "residual": 0.0, "iterations": 0, "negative_curvature": False}
-    w = w.detach().requires_grad_()
-    gradient = grad_fn(w)
     unit = _unit(v)
     norm_v = scale * float((v / scale).norm())  # no underflow
     x, r = torch.zeros_like(v), unit
@@ -148,13 +150,13 @@ def cg_ihvp(grad_fn, w, v, rho=50.0, max_iters=50, tol=1e-5, preconditioner=None
     direction, rz = z, r @ z
     iterations, negative_curvature = 0, False
     while iterations < max_iters and float(r.norm()) > tol:
-        product = torch.autograd.grad(gradient, w, direction, retain_graph=True)[0] + rho * direction
-        curvature = float(direction @ product)
+        image = product(direction) + rho * direction
+        curvature = float(direction @ image)
         if not 0 < curvature < math.inf:
             negative_curvature = True
             break
         step = rz / curvature
-        x, r = x + step * direction, r - step * product
+        x, r = x + step * direction, r - step * image
         z = r if preconditioner is None else preconditioner(r)
         rz, rz_old = r @ z, rz
         direction = z + (rz / rz_old) * direction
@@ -166,7 +168,7 @@ def cg_ihvp(grad_fn, w, v, rho=50.0, max_iters=50, tol=1e-5, preconditioner=None
 
 
 def _check(v, rho):
-    if v.ndim != 1 or not torch.isfinite(v).all():
+    if v.ndim != 1 or not math.isfinite(v.abs().max()):
         raise ValueError("v must be a flat vector of finite numbers")
     if not 0 < rho < math.inf:
         raise ValueError(f"rho must be positive and finite, got {rho}")

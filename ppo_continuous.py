@@ -250,15 +250,19 @@ def gae_matrix(done, gamma: float, gae_lambda: float):
     episode = done.cumsum(1) - done.to(torch.long)  # number of ends before step t
     steps = torch.arange(done.shape[1], device=done.device)
     lag = steps[None, :] - steps[:, None]
-    decay = torch.where(lag >= 0, (gamma * gae_lambda) ** lag.clamp_min(0).to(torch.get_default_dtype()), 0.0)
+    decay = ((gamma * gae_lambda) ** steps.to(torch.get_default_dtype()))[lag.clamp_min(0)] * (lag >= 0)
     return decay * (episode[:, :, None] == episode[:, None, :])
 
 
-def bootstrapped_values(critic, obs, next_obs, cut):
-    """V(s_t) and V(s'_t), both (N, T), in one forward pass: over obs, and over next_obs only where it is not the next obs."""
-    both = critic(torch.cat([obs.flatten(0, 1), next_obs[cut]]))
-    values = both[: cut.numel()].view_as(cut)
-    return values, values.roll(-1, 1).masked_scatter(cut, both[cut.numel() :])
+def stacked_obs(obs, next_obs, cut):
+    """obs (N, T, obs_dim), then next_obs where it is not the next obs: what V is needed at, (n, obs_dim)."""
+    return torch.cat([obs.flatten(0, 1), next_obs[cut]])
+
+
+def split_values(stacked, cut):
+    """V(s_t) and V(s'_t), both (N, T), from V at stacked_obs."""
+    values = stacked[: cut.numel()].view_as(cut)
+    return values, values.roll(-1, 1).masked_scatter(cut, stacked[cut.numel() :])
 
 
 def gae(rewards, values, next_values, terminated, matrix, gamma: float):
@@ -283,13 +287,24 @@ def policy_loss(ratio, advantages, clip: float):
     return -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
 
 
+def flat(tensors):
+    return torch.cat([t.flatten() for t in tensors])
+
+
+def flatten(module: nn.Module) -> nn.Parameter:
+    """All of module's parameters as one flat vector, of which they become parts: an optimizer then moves one tensor, not seven."""
+    vector = nn.Parameter(flat(module.parameters()).detach())
+    for p, part in zip(module.parameters(), vector.detach().split([p.numel() for p in module.parameters()])):
+        p.data = part.view_as(p)
+    return vector
+
+
 def apply_gradient(optimizer, gradient, max_norm: float) -> float:
-    """An optimizer step along gradient, clipped to max_norm; a non-finite one is refused. Returns 1. if so, else 0."""
-    parameters = optimizer.param_groups[0]["params"]
-    for p, g in zip(parameters, gradient):
-        p.grad = g
-    if not math.isfinite(nn.utils.clip_grad_norm_(parameters, max_norm)):
+    """An optimizer step along a flat gradient, clipped to max_norm; a non-finite one is refused. Returns 1. if so, else 0."""
+    norm = float(gradient.norm())
+    if not math.isfinite(norm):
         return 1.0
+    optimizer.param_groups[0]["params"][0].grad = gradient * min(1.0, max_norm / (norm + 1e-6))
     optimizer.step()
     return 0.0
 
@@ -407,8 +422,8 @@ def train(args: Args) -> Path:
     actor = Actor(obs_dim, int(np.prod(action_space.shape))).to(device)
     critic = Critic(obs_dim).to(device)
     actor_params, critic_params = list(actor.parameters()), list(critic.parameters())
-    actor_optimizer = torch.optim.Adam(actor_params, lr=args.actor_lr, eps=1e-5, fused=True)
-    critic_optimizer = torch.optim.Adam(critic_params, lr=args.critic_lr, eps=1e-5, fused=True)
+    actor_optimizer = torch.optim.Adam([flatten(actor)], lr=args.actor_lr, eps=1e-5, fused=True)
+    critic_optimizer = torch.optim.Adam([flatten(critic)], lr=args.critic_lr, eps=1e-5, fused=True)
 
     run = Run(args)
     obs_rms = RunningMeanStd(obs_dim) if args.norm_obs else None
@@ -476,7 +491,7 @@ def train(args: Args) -> Path:
             cut = b_done.clone()
             cut[:, -1] = True
             matrix = gae_matrix(b_done, args.gamma, args.gae_lambda)
-            values, next_values = bootstrapped_values(critic, b_obs, b_next_obs, cut)
+            values, next_values = split_values(critic(stacked_obs(b_obs, b_next_obs, cut)), cut)
             advantages = gae(b_rewards, values, next_values, b_terminated, matrix, args.gamma)
             logprobs = actor.log_prob(b_obs, b_actions)
         returns = advantages + values
@@ -497,17 +512,18 @@ def train(args: Args) -> Path:
                 normalized = mb.advantages
                 if args.norm_adv:
                     normalized = (mb.advantages - mb.advantages.mean()) / (mb.advantages.std() + 1e-8)
-                loss = policy_loss(ratio, normalized, args.clip_coef) - args.ent_coef * actor.entropy()
+                loss = policy_loss(ratio, normalized, args.clip_coef)
+                if args.ent_coef > 0:
+                    loss = loss - args.ent_coef * actor.entropy()
                 lap("actor")
                 values = critic(mb.obs)
                 error = critic_loss(values, mb.returns)
                 if args.clip_vloss:
                     error = clipped_critic_loss(values, mb.returns, mb.returns - mb.advantages, args.clip_coef)
-                gradient = torch.autograd.grad(loss + args.vf_coef * 0.5 * error, actor_params + critic_params)
+                gradient = flat(torch.autograd.grad(loss + args.vf_coef * 0.5 * error, actor_params + critic_params))
                 if args.joint_grad_clip:
-                    norm = torch.cat([g.flatten() for g in gradient]).norm()
-                    gradient = [g * (args.max_grad_norm / norm).clamp(max=1) for g in gradient]
-                actor_gradient, critic_gradient = gradient[: len(actor_params)], gradient[len(actor_params) :]
+                    gradient = gradient * (args.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1)
+                actor_gradient, critic_gradient = gradient.split([sum(p.numel() for p in ps) for ps in (actor_params, critic_params)])
                 metrics["skipped_updates"].append(apply_gradient(critic_optimizer, critic_gradient, args.max_grad_norm))
                 metrics["critic_loss"].append(float(critic_loss(values.detach(), mb.returns)))
                 lap("critic")

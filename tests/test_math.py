@@ -34,7 +34,7 @@ def test_gae_matrix_equals_the_recursion(script):
     cut = done.clone()
     cut[:, -1] = True
     critic = lambda obs: obs.sum(-1) ** 2
-    values, next_values = script.bootstrapped_values(critic, obs, next_obs, cut)
+    values, next_values = script.split_values(critic(script.stacked_obs(obs, next_obs, cut)), cut)
     truth = torch.where(cut, critic(next_obs), values.roll(-1, 1))
     assert torch.allclose(values, critic(obs), atol=1e-12) and torch.allclose(next_values, truth, atol=1e-12)
     matrix = script.gae_matrix(done, GAMMA, LAMBDA)
@@ -53,12 +53,15 @@ def test_gae_by_hand():
 
 
 class LinearCritic(torch.nn.Module):
-    def __init__(self, weight):
+    """V = w . phi for features phi whose last one is the constant 1, the bias."""
+
+    def __init__(self, w):
         super().__init__()
-        self.weight = torch.nn.Parameter(weight.clone())
+        self.value = torch.nn.Sequential(torch.nn.Linear(len(w) - 1, 1))
+        torch.nn.utils.vector_to_parameters(w.detach().clone(), self.parameters())
 
     def forward(self, obs):
-        return obs @ self.weight
+        return self.value(obs).squeeze(-1)
 
 
 class MDP:
@@ -74,6 +77,7 @@ class MDP:
         self.pi = torch.tensor([[1, 3], [2, 2], [3, 1]])[torch.randperm(3, generator=generator)] / 4
         self.theta = self.pi.log()  # softmax logits (3, 2)
         self.phi = torch.randn(3, features, generator=generator)
+        self.phi[:, -1] = 1
         self.rewards = torch.randn(3, 2, 3, generator=generator)
         targets = torch.stack([torch.randperm(3, generator=generator)[:2] for _ in range(6)]).view(3, 2, 2)
         start = torch.tensor([0, 0, 1, 2])
@@ -98,7 +102,8 @@ class MDP:
         return torch.log_softmax(theta, 1)[self.s, self.a]
 
     def advantages(self, critic):
-        values, next_values = blpo.bootstrapped_values(critic, self.phi[self.s], self.phi[self.next_s], self.cut)
+        obs = blpo.stacked_obs(self.phi[self.s, :-1], self.phi[self.next_s, :-1], self.cut)
+        values, next_values = blpo.split_values(critic(obs), self.cut)
         matrix = blpo.gae_matrix(self.terminated, GAMMA, LAMBDA)
         return values, blpo.gae(self.r, values, next_values, self.terminated.double(), matrix, GAMMA)
 
@@ -106,7 +111,7 @@ class MDP:
         with torch.no_grad():
             values, advantages = self.advantages(self.old_critic)
             matrix = blpo.gae_matrix(self.terminated, GAMMA, LAMBDA)
-            obs, next_obs = self.phi[self.s], self.phi[self.next_s]
+            obs, next_obs = self.phi[self.s, :-1], self.phi[self.next_s, :-1]
             fields = (obs, next_obs, self.a, self.r, self.terminated.double(), self.cut, matrix)
             return blpo.Batch(*fields, self.log_prob(self.theta), advantages, advantages + values)
 
@@ -132,8 +137,9 @@ class MDP:
         ratio = (self.log_prob(theta) - self.batch.logprobs).exp()
         advantages, weights, _ = blpo.implicit_weights(critic, self.batch, ratio, args, torch.Generator())
         direct = torch.autograd.grad(blpo.policy_loss(ratio, advantages, args.clip_coef), theta, retain_graph=True)
+        direct = blpo.flat(direct)
         h, _ = blpo.hypergradient(direct, ratio, weights, advantages, [theta], args)
-        return blpo.flat(direct), h - blpo.flat(direct), h
+        return direct, h - direct, h
 
 
 def exact_args(mdp, **changes):
@@ -168,14 +174,34 @@ def test_every_solver_gives_the_same_hypergradient(seed):
     mdp = MDP(seed)
     critic = LinearCritic(mdp.best_response(mdp.theta)[0])
     reference = mdp.hypergradient(critic, exact_args(mdp))[2]
-    for changes in (dict(ihvp="cg"), dict(ihvp="pcg"), dict(nystrom_sketch="gaussian"), dict(nystrom_sketch="v-gaussian"), dict(nystrom_sketch="krylov")):
+    for changes in (dict(ihvp="cg"), dict(ihvp="pcg"), dict(nystrom_sketch="gaussian"), dict(nystrom_sketch="v-gaussian"), dict(nystrom_sketch="krylov"), dict(hessian="full")):
         assert torch.allclose(mdp.hypergradient(critic, exact_args(mdp, **changes))[2], reference, atol=1e-3)
 
 
+def test_jacobian_equals_autograd_on_a_deep_critic():
+    """J u, J^T s and (2/B) J^T J u, and the whole Hessian that the last one leaves the second derivatives out of."""
+    torch.manual_seed(0)
+    critic = blpo.Critic(3)
+    params, obs = list(critic.parameters()), torch.randn(7, 3)
+    dense = torch.stack([blpo.flat(torch.autograd.grad(value, params)) for value in map(critic, obs)])
+    J = blpo.Jacobian(critic, obs)
+    u, s = torch.randn(dense.shape[1]), torch.randn(7)
+    assert torch.allclose(J.values, critic(obs)) and torch.allclose(J @ u, dense @ u) and torch.allclose(J.transposed(s), dense.T @ s)
+
+    returns, rest = torch.randn(2, 3), [torch.zeros(2, 3)] * 9
+    mb = blpo.Batch(*rest[:9], returns)._replace(obs=obs[:6].view(2, 3, 3))
+    H = torch.func.hessian(lambda w: blpo.critic_loss(torch.func.functional_call(critic, blpo.unflat(w, critic), (mb.obs,)), returns))(blpo.flat(params).detach())
+    gauss_newton = 2 / 6 * dense[:6].T @ dense[:6]  # the seventh stands for a true next observation
+    for hessian, truth in (("full", H), ("gauss-newton", gauss_newton)):
+        product = blpo.curvature(critic, mb, J, blpo.Args(hessian=hessian))
+        assert torch.allclose(product(u), truth @ u) and torch.allclose(product(dense.T), truth @ dense.T)
+    assert not torch.allclose(H, gauss_newton, rtol=1e-2)
+
+
 def converged(seed):
-    """A tabular critic at the fixed point of its own lambda-returns."""
+    """A critic with a value for each state, as offsets from the third one's, at the fixed point of its own lambda-returns."""
     mdp = MDP(seed, features=3)
-    mdp.phi, mdp.old_critic = torch.eye(3), LinearCritic(torch.zeros(3))
+    mdp.phi, mdp.old_critic = torch.tensor([[1.0, 0, 1], [0, 1, 1], [0, 0, 1]]), LinearCritic(torch.zeros(3))
     for _ in range(60):
         mdp.batch = mdp.make_batch()
         mdp.old_critic = LinearCritic(mdp.best_response(mdp.theta)[0])
@@ -190,10 +216,10 @@ def test_which_leader(seed, monkeypatch):
     direct, _, h = mdp.hypergradient(critic, args)
     assert torch.cosine_similarity(h, direct, dim=0) > 0.98
 
-    def solve_for_f(grad_fn, w, v, args, generator):
-        values, advantages = mdp.advantages(unraveled := LinearCritic(w.detach()))
-        v = torch.autograd.grad(-advantages.mean(), unraveled.weight)[0]
-        return solve(grad_fn, w, v, args, generator)
+    def solve_for_f(product, v, args, generator):
+        values, advantages = mdp.advantages(critic)
+        v = blpo.flat(torch.autograd.grad(-advantages.mean(), list(critic.parameters())))
+        return solve(product, v, args, generator)
 
     solve = blpo.solve_ihvp
     monkeypatch.setattr(blpo, "solve_ihvp", solve_for_f)
@@ -208,13 +234,13 @@ def test_released_mode_equals_literal_double_differentiation_of_L2(seed):
     moved = mdp.theta + 1.5 * torch.randn(3, 2, generator=torch.Generator().manual_seed(seed))  # where clips are active
     _, implicit, _ = mdp.hypergradient(critic, args, moved)
 
-    w = critic.weight.detach().clone().requires_grad_()
+    w = blpo.flat(critic.parameters()).detach().requires_grad_()
     theta = moved.clone().requires_grad_()
     ratio = (mdp.log_prob(theta) - mdp.batch.logprobs).exp()
     assert ratio.min() < 0.5 or ratio.max() > 1.5
 
     def advantages_and_values(w):
-        obs, next_obs = mdp.batch.obs @ w, mdp.batch.next_obs @ w
+        obs, next_obs = mdp.phi[mdp.s] @ w, mdp.phi[mdp.next_s] @ w
         next_values = torch.where(mdp.cut, next_obs, obs.roll(-1, 1))
         delta = mdp.r + GAMMA * (1 - mdp.batch.terminated) * next_values - obs
         return torch.einsum("ntk,nk->nt", mdp.batch.gae_matrix, delta), obs
@@ -222,7 +248,7 @@ def test_released_mode_equals_literal_double_differentiation_of_L2(seed):
     A, V = advantages_and_values(w)
     f = -torch.min(ratio * A, ratio.clamp(0.8, 1.2) * A).mean()
     v = torch.autograd.grad(f, w, retain_graph=True)[0]
-    H = torch.func.hessian(lambda w: ((mdp.batch.returns - mdp.batch.obs @ w) ** 2).mean())(w.detach())
+    H = torch.func.hessian(lambda w: ((mdp.batch.returns - mdp.phi[mdp.s] @ w) ** 2).mean())(w.detach())
     x = torch.linalg.solve(H + 0.7 * torch.eye(2), v)
     # a sum over the trajectory, the mean over the minibatch's trajectories
     L2 = (-2 * torch.min(ratio * A, ratio.clamp(0.5, 1.5) * A) * (mdp.batch.returns - V)).sum(1).mean()
@@ -299,18 +325,18 @@ def test_non_finite_critic_drops_the_term_and_non_finite_gradients_are_refused()
     mdp = MDP(0)
     critic = LinearCritic(mdp.best_response(mdp.theta)[0])
     for ihvp in ("nystrom", "cg", "pcg"):
-        x, info = blpo.solve_ihvp(lambda w: 2 * w, torch.zeros(2), torch.tensor([1.0, math.nan]), exact_args(mdp, ihvp=ihvp), None)
+        x, info = blpo.solve_ihvp(lambda u: 2 * u, torch.tensor([1.0, math.nan]), exact_args(mdp, ihvp=ihvp), None)
         assert x.isnan().all() and math.isnan(info["correction"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blpo, "solve_ihvp", lambda grad_fn, w, v, *_: (v * math.nan, {"correction": math.nan}))
+        patch.setattr(blpo, "solve_ihvp", lambda product, v, *_: (v * math.nan, {"correction": math.nan}))
         direct, implicit, h = mdp.hypergradient(critic, exact_args(mdp))
     assert torch.isfinite(h).all() and torch.equal(h, direct)
     parameter = torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.Adam([parameter], lr=0.1)
     for bad in (math.nan, math.inf):
-        assert blpo.apply_gradient(optimizer, [torch.tensor([1.0, bad])], 0.5) == 1.0
+        assert blpo.apply_gradient(optimizer, torch.tensor([1.0, bad]), 0.5) == 1.0
         assert torch.equal(parameter.detach(), torch.ones(2))
-    assert blpo.apply_gradient(optimizer, [torch.tensor([1.0, 0.0])], 0.5) == 0.0
+    assert blpo.apply_gradient(optimizer, torch.tensor([1.0, 0.0]), 0.5) == 0.0
     assert parameter[0] < 1
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nystrom import SKETCHES, cg_ihvp, hessian_sketch, krylov_sketch, make_sketch, nystrom_ihvp, nystrom_solve, sketch_matrix
+from nystrom import SKETCHES, cg_ihvp, hessian_products, krylov_sketch, make_sketch, nystrom_ihvp, nystrom_solve, sketch_matrix
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -16,9 +16,10 @@ def random_symmetric(p, seed, eigenvalues=None):
     return (H + H.T) / 2, torch.randn(p, generator=generator)
 
 
-def quadratic(H):
-    """grad_fn of the loss w.H.w / 2, whose Hessian is H."""
-    return lambda w: H @ w
+
+
+def products(H):
+    return lambda u: H @ u
 
 
 def dense(H, v, rho):
@@ -33,7 +34,7 @@ def relative_error(x, reference):
 @pytest.mark.parametrize("sketch", SKETCHES)
 def test_full_rank_equals_dense_solve(sketch, rho):
     H, v = random_symmetric(12, 0, torch.linspace(0.1, 30, 12))
-    x, _ = nystrom_ihvp(quadratic(H), torch.zeros(12), v, 12, rho, sketch, torch.Generator().manual_seed(0))
+    x, _ = nystrom_ihvp(products(H), v, 12, rho, sketch, torch.Generator().manual_seed(0))
     assert relative_error(x, dense(H, v, rho)) < 1e-9
 
 
@@ -41,7 +42,7 @@ def test_full_rank_equals_dense_solve(sketch, rho):
 def test_exact_on_low_rank_hessian(sketch):
     H, v = random_symmetric(40, 1, [9.0, 4.0, 1.0, 0.5] + [0.0] * 36)
     for rank in (5, 8):
-        x, info = nystrom_ihvp(quadratic(H), torch.zeros(40), v, rank, 2.0, sketch, torch.Generator().manual_seed(0))
+        x, info = nystrom_ihvp(products(H), v, rank, 2.0, sketch, torch.Generator().manual_seed(0))
         assert relative_error(x, dense(H, v, 2.0)) < 1e-9
         assert info["rank"] <= rank
     assert info["correction"] == pytest.approx(float((x - v / 2).norm() / (v / 2).norm()), rel=1e-9)
@@ -54,7 +55,7 @@ def test_columns_equal_the_posters_formula():
     assert len(set(Q.tolist())) == 6 and omega.sum() == 6
     C, M = H[:, Q], H[Q][:, Q]
     poster = v / rho - C @ torch.linalg.solve(M + C.T @ C / rho, C.T @ v) / rho**2
-    x, _ = nystrom_solve(hessian_sketch(quadratic(H), torch.zeros(30), omega), omega, v, rho)
+    x, _ = nystrom_solve(H @ omega, omega, v, rho)
     assert relative_error(x, poster) < 1e-10
 
 
@@ -65,7 +66,7 @@ def test_bounded_on_indefinite_hessians(sketch):
         H, v = random_symmetric(20, seed)
         H = H * 10.0 ** torch.empty(()).uniform_(-3, 3, generator=generator)
         rho = float(10.0 ** torch.empty(()).uniform_(-2, 2, generator=generator))
-        x, _ = nystrom_ihvp(quadratic(H), torch.zeros(20), v, 1 + seed % 10, rho, sketch, generator)
+        x, _ = nystrom_ihvp(products(H), v, 1 + seed % 10, rho, sketch, generator)
         assert x.norm() <= v.norm() / rho * (1 + 1e-9)
 
 
@@ -99,14 +100,14 @@ def test_sketch_columns_equal_hessian_columns_of_a_deep_network():
     grad_fn = lambda w: torch.autograd.grad(loss(w), w, create_graph=True)[0]
     assert torch.linalg.eigvalsh(H)[0] < 0  # the case that matters
     for sketch in SKETCHES:
-        omega, Y = make_sketch(sketch, grad_fn, w, v, 6)
+        omega, Y = make_sketch(sketch, hessian_products(grad_fn, w), v, 6)
         assert omega.shape == (p, 6) and torch.allclose(Y, H @ omega, atol=1e-12)
 
 
 @pytest.mark.parametrize("sketch", SKETCHES)
 def test_zero_v_same_generator_rank_zero(sketch):
     H, v = random_symmetric(15, 4)
-    solve = lambda v, rank: nystrom_ihvp(quadratic(H), torch.zeros(15), v, rank, 2.0, sketch, torch.Generator().manual_seed(7))
+    solve = lambda v, rank: nystrom_ihvp(products(H), v, rank, 2.0, sketch, torch.Generator().manual_seed(7))
     assert torch.equal(solve(torch.zeros(15), 5)[0], torch.zeros(15))
     assert torch.equal(solve(v, 5)[0], solve(v, 5)[0])
     assert torch.equal(solve(v, 0)[0], v / 2.0)
@@ -114,12 +115,12 @@ def test_zero_v_same_generator_rank_zero(sketch):
 
 def test_krylov_basis_is_orthonormal_and_stops_when_complete():
     H, v = random_symmetric(60, 11, torch.linspace(0.01, 50, 60))
-    omega, Y = krylov_sketch(quadratic(H), torch.zeros(60), v, 30)
+    omega, Y = krylov_sketch(products(H), v, 30)
     assert torch.allclose(omega.T @ omega, torch.eye(30), atol=1e-12) and torch.allclose(Y, H @ omega, atol=1e-12)
     power = torch.stack([torch.linalg.matrix_power(H, k) @ v for k in range(3)], 1)
     assert torch.allclose(omega[:, :3] @ (omega[:, :3].T @ power), power, rtol=1e-9)
     H, v = random_symmetric(60, 11, [7.0, 2.0, 1.0] + [0.0] * 57)
-    omega, _ = krylov_sketch(quadratic(H), torch.zeros(60), v, 30)
+    omega, _ = krylov_sketch(products(H), v, 30)
     assert 4 <= omega.shape[1] <= 6  # v and its images under three eigen-directions, give or take rounding
 
 
@@ -129,7 +130,7 @@ def test_sketches_by_accuracy():
     v = H @ v
 
     def error(kind, rank):
-        x = nystrom_ihvp(quadratic(H), torch.zeros(400), v, rank, 50.0, kind, torch.Generator().manual_seed(0))[0]
+        x = nystrom_ihvp(products(H), v, rank, 50.0, kind, torch.Generator().manual_seed(0))[0]
         return relative_error(x, dense(H, v, 50.0))
 
     assert error("krylov", 5) < 1e-5 and error("krylov", 3) < 1e-3
@@ -139,12 +140,12 @@ def test_sketches_by_accuracy():
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e25])
 def test_float32_input(scale):
     H, v = random_symmetric(25, 6, torch.linspace(0.1, 10, 25))
-    x64, _ = nystrom_ihvp(quadratic(H), torch.zeros(25), v, 25, 1.0, "gaussian")
+    x64, _ = nystrom_ihvp(products(H), v, 25, 1.0, "gaussian")
     H32, v32 = H.float(), (v * scale).float()
-    x32, _ = nystrom_ihvp(quadratic(H32), torch.zeros(25, dtype=torch.float32), v32, 25, 1.0, "columns")
+    x32, _ = nystrom_ihvp(products(H32), v32, 25, 1.0, "columns")
     assert x32.dtype == torch.float32
     assert relative_error(x32.double() / scale, x64) < 1e-4
-    cg, _ = cg_ihvp(quadratic(H32), torch.zeros(25, dtype=torch.float32), v32, 1.0, 50, 1e-6)
+    cg, _ = cg_ihvp(products(H32), v32, 1.0, 50, 1e-6)
     assert relative_error(cg.double() / scale, x64) < 1e-4
 
 
@@ -154,31 +155,31 @@ def test_cg_equals_dense_solve(preconditioned):
     preconditioner = None
     if preconditioned:
         omega = sketch_matrix("gaussian", v, 8, torch.Generator().manual_seed(0))
-        Y = hessian_sketch(quadratic(H), torch.zeros(30), omega)
+        Y = H @ omega
         preconditioner = lambda r: nystrom_solve(Y, omega, r, 0.1)[0]
-    x, info = cg_ihvp(quadratic(H), torch.zeros(30), v, 0.1, 200, 1e-12, preconditioner)
+    x, info = cg_ihvp(products(H), v, 0.1, 200, 1e-12, preconditioner)
     assert relative_error(x, dense(H, v, 0.1)) < 1e-9
     assert info["residual"] <= 1e-12 and not info["negative_curvature"]
-    assert cg_ihvp(quadratic(H), torch.zeros(30), v, 0.1, 3)[1]["iterations"] == 3
+    assert cg_ihvp(products(H), v, 0.1, 3)[1]["iterations"] == 3
 
 
 def test_preconditioning_saves_iterations():
     H, v = random_symmetric(200, 9, torch.cat([torch.logspace(2, 4, 10), torch.linspace(0.1, 1, 190)]))
     omega = sketch_matrix("gaussian", v, 20, torch.Generator().manual_seed(0))
-    Y = hessian_sketch(quadratic(H), torch.zeros(200), omega)
-    plain = cg_ihvp(quadratic(H), torch.zeros(200), v, 1.0, 200, 1e-8)[1]["iterations"]
-    better = cg_ihvp(quadratic(H), torch.zeros(200), v, 1.0, 200, 1e-8, lambda r: nystrom_solve(Y, omega, r, 1.0)[0])[1]
+    Y = H @ omega
+    plain = cg_ihvp(products(H), v, 1.0, 200, 1e-8)[1]["iterations"]
+    better = cg_ihvp(products(H), v, 1.0, 200, 1e-8, lambda r: nystrom_solve(Y, omega, r, 1.0)[0])[1]
     assert better["iterations"] < plain / 2
 
 
 def test_cg_stops_on_negative_curvature():
     for eigenvalues in ([-5.0] * 6, [5.0, 3.0, 1.0, 0.5, -2.0, -4.0]):
         H, v = random_symmetric(6, 10, eigenvalues)
-        x, info = cg_ihvp(quadratic(H), torch.zeros(6), v, 0.5)
+        x, info = cg_ihvp(products(H), v, 0.5)
         assert info["negative_curvature"] and torch.isfinite(x).all()
     H, v = random_symmetric(6, 10, [-5.0] * 6)
-    assert torch.allclose(cg_ihvp(quadratic(H), torch.zeros(6), v, 0.5)[0], v / 0.5)
-    assert torch.equal(cg_ihvp(quadratic(H), torch.zeros(6), torch.zeros(6), 0.5)[0], torch.zeros(6))
+    assert torch.allclose(cg_ihvp(products(H), v, 0.5)[0], v / 0.5)
+    assert torch.equal(cg_ihvp(products(H), torch.zeros(6), 0.5)[0], torch.zeros(6))
 
 
 H4 = torch.eye(4, dtype=torch.float64)
@@ -188,21 +189,21 @@ NAN = torch.tensor([1.0, float("nan"), 0.0, 0.0], dtype=torch.float64)
 @pytest.mark.parametrize(
     "named, call",
     [
-        ("rank", lambda w, v: nystrom_ihvp(quadratic(H4), w, v, rank=-1)),
-        ("rank", lambda w, v: nystrom_ihvp(quadratic(H4), w, v, rank=5)),
-        ("rho", lambda w, v: nystrom_ihvp(quadratic(H4), w, v, rank=2, rho=0.0)),
-        ("rho", lambda w, v: nystrom_solve(H4, H4, v, -1.0)),
-        ("rho", lambda w, v: cg_ihvp(quadratic(H4), w, v, rho=float("nan"))),
-        ("v must", lambda w, v: nystrom_ihvp(quadratic(H4), w, NAN, rank=2)),
-        ("v must", lambda w, v: cg_ihvp(quadratic(H4), w, NAN)),
-        ("v must", lambda w, v: nystrom_solve(H4, H4, v[None], 1.0)),
-        ("kind", lambda w, v: make_sketch("rows", quadratic(H4), w, v, 2)),
-        ("omega", lambda w, v: hessian_sketch(quadratic(H4), w, H4[:3])),
-        ("Y", lambda w, v: nystrom_solve(H4[:, :2], H4[:, :3], v, 1.0)),
-        ("Y", lambda w, v: nystrom_solve(H4 * float("inf"), H4, v, 1.0)),
-        ("w and v", lambda w, v: cg_ihvp(quadratic(H4), w[:3], v)),
+        ("rank", lambda v: nystrom_ihvp(products(H4), v, rank=-1)),
+        ("rank", lambda v: nystrom_ihvp(products(H4), v, rank=5)),
+        ("rho", lambda v: nystrom_ihvp(products(H4), v, rank=2, rho=0.0)),
+        ("rho", lambda v: nystrom_solve(H4, H4, v, -1.0)),
+        ("rho", lambda v: cg_ihvp(products(H4), v, rho=float("nan"))),
+        ("v must", lambda v: nystrom_ihvp(products(H4), NAN, rank=2)),
+        ("v must", lambda v: cg_ihvp(products(H4), NAN)),
+        ("v must", lambda v: nystrom_solve(H4, H4, v[None], 1.0)),
+        ("kind", lambda v: make_sketch("rows", products(H4), v, 2)),
+        ("u must", lambda v: hessian_products(lambda w: H4 @ w, v)(H4[:3])),
+        ("Y", lambda v: nystrom_solve(H4[:, :2], H4[:, :3], v, 1.0)),
+        ("Y", lambda v: nystrom_solve(H4 * float("inf"), H4, v, 1.0)),
+        ("u must", lambda v: cg_ihvp(hessian_products(lambda w: H4 @ w, v), v[:3])),
     ],
 )
 def test_bad_input_names_the_argument(named, call):
     with pytest.raises(ValueError, match=named):
-        call(torch.zeros(4), torch.ones(4))
+        call(torch.ones(4))

@@ -1,0 +1,80 @@
+"""Steps per second of training commands, measured side by side: one after the other, in turns, so that a machine's moods meet all.
+
+    python speed.py "python blpo_continuous.py" "python blpo_continuous.py --ihvp none" --turns 3
+
+Every command must end by itself and say how far it is: the scripts here do so in progress.csv, CleanRL's by lines "SPS: n"
+and "global_step=n". A command's rate is taken from its first report on (steady state: imports and first iteration left out).
+Prints a row per command: median steps per second, median over the turns of the ratio to the last command's rate of the same
+turn, and for the scripts here the milliseconds of an iteration by phase. All with one thread of PyTorch.
+"""
+
+import csv
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+PHASES = ("env", "inference", "bookkeeping", "critic", "hypergradient", "actor")
+
+
+@dataclass
+class Args:
+    commands: tyro.conf.Positional[tuple[str, ...]]
+    """commands to compare, one quoted string each; all rates are put in relation to the last one's"""
+    turns: int = 3
+    """how often each command is run"""
+    steps: int = 102_400
+    """environment steps of each run: --total-timesteps STEPS is appended to every command"""
+
+
+def measure(command: str, steps: int):
+    """Steps per second in steady state, and milliseconds per iteration by phase where the command says."""
+    words = [*shlex.split(command), "--total-timesteps", str(steps)]
+    with tempfile.TemporaryDirectory() as folder:
+        ours = any(re.search(r"(blpo|ppo)_\w+\.py$", word) and (Path(word).parent / "nystrom.py").exists() for word in words)
+        if ours:
+            words += ["--eval-episodes", "0", "--runs-dir", folder]
+        process = subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        )
+        step, points, tail = 0, [], ""
+        for line in process.stdout:
+            tail = line
+            if found := re.search(r"global_step=(\d+)", line):
+                step = int(found[1])
+            if found := re.fullmatch(r"SPS: (\d+)\n", line):
+                points.append((step, time.perf_counter()))
+        if process.wait():
+            sys.exit(f"error: {command} ended with status {process.returncode}: {tail.strip()}")
+        phases = {}
+        if ours:
+            with open(next(Path(folder).glob("*/progress.csv"))) as file:
+                rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+            points = [(row["global_step"], row["wall_seconds"]) for row in rows]
+            phases = {p: 1e3 * statistics.mean(row[f"seconds_{p}"] for row in rows[1:]) for p in PHASES if f"seconds_{p}" in rows[0]}
+    if len(points) < 2:
+        sys.exit(f"error: {command} reported {len(points)} times; raise --steps")
+    (first, begin), (last, end) = points[0], points[-1]
+    return (last - first) / (end - begin), phases
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    if args.turns < 1 or args.steps < 1:
+        sys.exit("error: --turns and --steps must be at least 1")
+    results = [[measure(command, args.steps) for command in args.commands] for _ in range(args.turns)]
+    print(f"| command | SPS | ratio | {' | '.join(f'{phase}, ms' for phase in PHASES)} |")
+    print("|---" * (3 + len(PHASES)) + "|")
+    for i, command in enumerate(args.commands):
+        rate = statistics.median(turn[i][0] for turn in results)
+        ratio = statistics.median(turn[i][0] / turn[-1][0] for turn in results)
+        spent = [statistics.median(turn[i][1].get(phase, 0) for turn in results) for phase in PHASES]
+        print(f"| `{command}` | {rate:,.0f} | {ratio:.2f} | {' | '.join(f'{ms:.0f}' if ms else '' for ms in spent)} |")
