@@ -612,7 +612,8 @@ def train(args: Args) -> Path:
     discounted_return, episode_return, episode_length = np.zeros(N), np.zeros(N), np.zeros(N, dtype=int)
     recent, episodes, global_step = deque(maxlen=100), 0, 0
     normalize = obs_rms.normalize if args.norm_obs else lambda x: x
-    raw_obs, _ = envs.reset(seed=args.seed)
+    # seeds of their own for all environments of all runs: seed, seed + 1, ... would share most of them between neighbours
+    raw_obs, _ = envs.reset(seed=np.random.SeedSequence(args.seed).generate_state(N).tolist())
     run.check_finite(0, raw_obs)
     if args.norm_obs:
         obs_rms.update(raw_obs)
