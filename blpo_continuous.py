@@ -79,9 +79,9 @@ class Args:
     """steps of each environment per rollout"""
     num_minibatches: int = 8
     """minibatches per epoch, of whole trajectories: must divide num_envs"""
-    update_epochs: int = 10
+    update_epochs: int = 5
     """passes over a rollout"""
-    actor_lr: float = 3e-4
+    actor_lr: float = 6e-4
     """Adam step size of the actor"""
     critic_lr: float = 1e-3
     """Adam step size of the critic"""
