@@ -340,6 +340,28 @@ def test_non_finite_critic_drops_the_term_and_non_finite_gradients_are_refused()
     assert parameter[0] < 1
 
 
+@pytest.mark.parametrize("script", [ppo, blpo])
+def test_one_flat_parameter_trains_like_many(script):
+    """flatten and apply_gradient against torch's own clipping and Adam, parameter by parameter."""
+    torch.manual_seed(0)
+    ours, theirs = script.Critic(3), script.Critic(3)
+    theirs.load_state_dict(ours.state_dict())
+    start = script.flat(ours.parameters()).detach()
+    flat = torch.optim.Adam([script.flatten(ours)], lr=1e-2, eps=1e-5, fused=True)
+    reference = torch.optim.Adam(theirs.parameters(), lr=1e-2, eps=1e-5)
+    for _ in range(20):
+        obs, returns = torch.randn(5, 3), 3 * torch.randn(5)
+        loss = script.critic_loss(ours(obs), returns)
+        assert script.apply_gradient(flat, script.flat(torch.autograd.grad(loss, list(ours.parameters()))), 0.5) == 0
+        reference.zero_grad()
+        script.critic_loss(theirs(obs), returns).backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        reference.step()
+    for a, b in zip(ours.parameters(), theirs.parameters()):
+        assert torch.allclose(a, b, atol=1e-9)
+    assert not torch.allclose(start, script.flat(ours.parameters()), atol=0.1)
+
+
 def test_running_mean_std_equals_numpy():
     import numpy as np
 

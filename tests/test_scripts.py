@@ -227,6 +227,22 @@ def test_plot_from_runs_to_table_and_figure(tmp_path):
     assert curve[-1]["global_step"] == 896 and curve[-1]["return_100"] < 0
 
 
+def test_speed_side_by_side(tmp_path):
+    other = tmp_path / "other.py"  # reports as CleanRL does, 1,000 steps every 0.2 s
+    other.write_text(
+        "import time\nfor i in range(1, 6):\n    time.sleep(0.2)\n    print(f'global_step={1000 * i}, episodic_return=[1.]')\n    print('SPS:', 1)\n"
+    )
+    ours = f"{sys.executable} {ROOT}/ppo_continuous.py --env-id Pendulum-v1 --num-steps 64 --num-minibatches 2"
+    speed = [sys.executable, ROOT / "speed.py", ours, f"{sys.executable} {other}", "--steps", "640", "--turns", "2"]
+    out = subprocess.run(speed, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.splitlines()
+    assert len(out) == 4 and out[2].startswith(f"| `{ours}` |") and out[3].startswith(f"| `{sys.executable} {other}` |")
+    mine, theirs = ([float(cell.replace(",", "")) for cell in line.split("|")[2:-1] if cell.strip()] for line in out[2:])
+    assert 0 < theirs[0] <= 5_000 and theirs[1:] == [1.0]
+    assert mine[1] == pytest.approx(mine[0] / theirs[0], rel=0.5) and len(mine) == 2 + 5  # a PPO has no hypergradient
+    failed = subprocess.run([*speed[:2], f"{sys.executable} -c 1/0"], capture_output=True, text=True)
+    assert failed.returncode == 1 and "ZeroDivisionError" in failed.stderr and failed.stderr.count("\n") == 1
+
+
 # Every flag value
 
 
