@@ -74,6 +74,8 @@ class Args:
     """Adam step size of the critic"""
     anneal_lr: bool = True
     """decay both step sizes linearly to 0 over the iterations"""
+    hidden_size: int = 64
+    """width of the two hidden layers, in both networks"""
     gamma: float = 0.99
     """discount factor"""
     gae_lambda: float = 0.95
@@ -125,6 +127,7 @@ def check_args(args: Args) -> None:
                 fail(f"--{flag.replace('_', '-')} must {must}, got {getattr(args, flag)!r}")
 
     require("be at least 1", lambda n: n >= 1, "total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs")
+    require("lie between 1 and 65,536", lambda n: 1 <= n <= 65_536, "hidden_size")
     require("be positive and finite", lambda x: 0 < x < math.inf, "actor_lr", "critic_lr", "max_grad_norm", "clip_coef")
     require("lie in [0, 1]", lambda x: 0 <= x <= 1, "gamma", "gae_lambda")
     require("be 0 or positive, and finite", lambda x: 0 <= x < math.inf, "ent_coef", "eval_episodes")
@@ -211,17 +214,17 @@ def layer_init(layer: nn.Linear, std: float = math.sqrt(2)) -> nn.Linear:
     return layer
 
 
-def mlp(inputs: int, outputs: int, std: float) -> nn.Sequential:
-    hidden = [layer_init(nn.Linear(inputs, 64)), nn.Tanh(), layer_init(nn.Linear(64, 64)), nn.Tanh()]
-    return nn.Sequential(*hidden, layer_init(nn.Linear(64, outputs), std))
+def mlp(inputs: int, hidden: int, outputs: int, std: float) -> nn.Sequential:
+    layers = [layer_init(nn.Linear(inputs, hidden)), nn.Tanh(), layer_init(nn.Linear(hidden, hidden)), nn.Tanh()]
+    return nn.Sequential(*layers, layer_init(nn.Linear(hidden, outputs), std))
 
 
 class Actor(nn.Module):
     """Gaussian policy with a state-independent standard deviation."""
 
-    def __init__(self, obs_dim: int, action_dim: int):
+    def __init__(self, obs_dim: int, action_dim: int, hidden: int = 64):
         super().__init__()
-        self.mean = mlp(obs_dim, action_dim, std=0.01)
+        self.mean = mlp(obs_dim, hidden, action_dim, std=0.01)
         self.log_std = nn.Parameter(torch.zeros(action_dim))
 
     def log_prob(self, obs, actions):  # (..., obs_dim), (..., action_dim) -> (...)
@@ -233,9 +236,9 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    def __init__(self, obs_dim: int):
+    def __init__(self, obs_dim: int, hidden: int = 64):
         super().__init__()
-        self.value = mlp(obs_dim, 1, std=1.0)
+        self.value = mlp(obs_dim, hidden, 1, std=1.0)
 
     def forward(self, obs):  # (..., obs_dim) -> (...)
         return self.value(obs).squeeze(-1)
@@ -428,8 +431,8 @@ def train(args: Args) -> Path:
     obs_dim, action_space = envs.single_observation_space.shape[0], envs.single_action_space
     device = torch.device("cuda" if args.cuda else "cpu")
     torch.manual_seed(args.seed)
-    actor = Actor(obs_dim, int(np.prod(action_space.shape))).to(device)
-    critic = Critic(obs_dim).to(device)
+    actor = Actor(obs_dim, int(np.prod(action_space.shape)), args.hidden_size).to(device)
+    critic = Critic(obs_dim, args.hidden_size).to(device)
     actor_params, critic_params = list(actor.parameters()), list(critic.parameters())
     actor_optimizer = torch.optim.Adam([flatten(actor)], lr=args.actor_lr, eps=1e-5, fused=True)
     critic_optimizer = torch.optim.Adam([flatten(critic)], lr=args.critic_lr, eps=1e-5, fused=True)

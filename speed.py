@@ -5,7 +5,8 @@
 Every command must end by itself and say how far it is: the scripts here do so in progress.csv, CleanRL's by lines "SPS: n"
 and "global_step=n". A command's rate is taken from its first report on (steady state: imports and first iteration left out).
 Prints a row per command: median steps per second, median over the turns of the ratio to the last command's rate of the same
-turn, and for the scripts here the milliseconds of an iteration by phase. All with one thread of PyTorch.
+turn, largest memory (peak RSS), and for the scripts here the milliseconds of an iteration by phase. All with one thread of
+PyTorch.
 """
 
 import csv
@@ -36,7 +37,7 @@ class Args:
 
 
 def measure(command: str, steps: int):
-    """Steps per second in steady state, and milliseconds per iteration by phase where the command says."""
+    """Steps per second in steady state, peak RSS in MiB, and milliseconds per iteration by phase where the command says."""
     words = [*shlex.split(command), "--total-timesteps", str(steps)]
     with tempfile.TemporaryDirectory() as folder:
         ours = any(re.search(r"(blpo|ppo)_\w+\.py$", word) and (Path(word).parent / "nystrom.py").exists() for word in words)
@@ -52,8 +53,9 @@ def measure(command: str, steps: int):
                 step = int(found[1])
             if found := re.fullmatch(r"SPS: (\d+)\n", line):
                 points.append((step, time.perf_counter()))
-        if process.wait():
-            sys.exit(f"error: {command} ended with status {process.returncode}: {tail.strip()}")
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            sys.exit(f"error: {command} ended with status {os.waitstatus_to_exitcode(status)}: {tail.strip()}")
         phases = {}
         if ours:
             with open(next(Path(folder).glob("*/progress.csv"))) as file:
@@ -63,7 +65,7 @@ def measure(command: str, steps: int):
     if len(points) < 2:
         sys.exit(f"error: {command} reported {len(points)} times; raise --steps")
     (first, begin), (last, end) = points[0], points[-1]
-    return (last - first) / (end - begin), phases
+    return (last - first) / (end - begin), usage.ru_maxrss / 1024, phases
 
 
 if __name__ == "__main__":
@@ -71,10 +73,11 @@ if __name__ == "__main__":
     if args.turns < 1 or args.steps < 1:
         sys.exit("error: --turns and --steps must be at least 1")
     results = [[measure(command, args.steps) for command in args.commands] for _ in range(args.turns)]
-    print(f"| command | SPS | ratio | {' | '.join(f'{phase}, ms' for phase in PHASES)} |")
-    print("|---" * (3 + len(PHASES)) + "|")
+    print(f"| command | SPS | ratio | MiB | {' | '.join(f'{phase}, ms' for phase in PHASES)} |")
+    print("|---" * (4 + len(PHASES)) + "|")
     for i, command in enumerate(args.commands):
         rate = statistics.median(turn[i][0] for turn in results)
         ratio = statistics.median(turn[i][0] / turn[-1][0] for turn in results)
-        spent = [statistics.median(turn[i][1].get(phase, 0) for turn in results) for phase in PHASES]
-        print(f"| `{command}` | {rate:,.0f} | {ratio:.2f} | {' | '.join(f'{ms:.0f}' if ms else '' for ms in spent)} |")
+        memory = max(turn[i][1] for turn in results)
+        spent = [statistics.median(turn[i][2].get(phase, 0) for turn in results) for phase in PHASES]
+        print(f"| `{command}` | {rate:,.0f} | {ratio:.2f} | {memory:.0f} | {' | '.join(f'{ms:.0f}' if ms else '' for ms in spent)} |")

@@ -237,8 +237,9 @@ def test_speed_side_by_side(tmp_path):
     out = subprocess.run(speed, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.splitlines()
     assert len(out) == 4 and out[2].startswith(f"| `{ours}` |") and out[3].startswith(f"| `{sys.executable} {other}` |")
     mine, theirs = ([float(cell.replace(",", "")) for cell in line.split("|")[2:-1] if cell.strip()] for line in out[2:])
-    assert 0 < theirs[0] <= 5_000 and theirs[1:] == [1.0]
-    assert mine[1] == pytest.approx(mine[0] / theirs[0], rel=0.5) and len(mine) == 2 + 5  # a PPO has no hypergradient
+    assert 100 < mine[2] < 2_000 and 5 < theirs[2] < 100  # MiB
+    assert 0 < theirs[0] <= 5_000 and theirs[1] == 1 and len(theirs) == 3
+    assert mine[1] == pytest.approx(mine[0] / theirs[0], rel=0.5) and len(mine) == 3 + 5  # a PPO has no hypergradient
     failed = subprocess.run([*speed[:2], f"{sys.executable} -c 1/0"], capture_output=True, text=True)
     assert failed.returncode == 1 and "ZeroDivisionError" in failed.stderr and failed.stderr.count("\n") == 1
 
@@ -273,7 +274,7 @@ def test_blpo_flags(flags, tmp_path):
     [
         ["--no-norm-obs", "--no-norm-reward", "--no-norm-adv", "--no-anneal-lr"],
         ["--gamma", "0", "--gae-lambda", "1", "--ent-coef", "0.01", "--eval-episodes", "0"],
-        ["--clip-coef", "0.1", "--max-grad-norm", "1", "--actor-lr", "1e-4", "--critic-lr", "1e-2"],
+        ["--clip-coef", "0.1", "--max-grad-norm", "1", "--actor-lr", "1e-4", "--critic-lr", "1e-2", "--hidden-size", "32"],
     ],
 )
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -343,6 +344,7 @@ BAD = [
     (["--num-steps", "-5"], "--num-steps", "at least 1"),
     (["--num-minibatches", "0"], "--num-minibatches", "at least 1"),
     (["--update-epochs", "0"], "--update-epochs", "at least 1"),
+    (["--hidden-size", "0"], "--hidden-size", "65,536"),
     (["--num-envs", "2.5"], "--num-envs", "2.5"),
     (["--actor-lr", "0"], "--actor-lr", "positive"),
     (["--critic-lr", "-1"], "--critic-lr", "positive"),
