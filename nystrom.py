@@ -76,7 +76,8 @@ def krylov_sketch(product, v, rank):
             for _ in range(2):  # Gram-Schmidt, twice is enough
                 direction = direction - (basis @ direction) @ basis
             norm = float(direction.norm())
-            if not norm > 100 * torch.finfo(v.dtype).eps * float(Y.norm()):  # H maps the basis into itself: all is there
+            noise = torch.finfo(v.dtype).eps * float(Y.double().norm())
+            if not norm > 100 * noise:  # H maps the basis into itself: all is there
                 return basis.T, Y[:j].T
             direction = direction / norm
         omega[j] = direction
@@ -99,8 +100,9 @@ def make_sketch(kind, product, v, rank, generator=None):
 def nystrom_solve(Y, omega, v, rho):
     """x = (H_q + rho I)^{-1} v from a sketch Y = H Omega: pure linear algebra, no autograd, no randomness.
 
-    Shapes: Y and omega (p, q), v (p,). Eigen-directions of Omega^T Y with an eigenvalue below the rounding error of the
-    largest, in Y's own precision, are dropped. Returns x in v's dtype and info: "correction" = ||x - v / rho|| / ||v / rho|| and "rank", the directions kept.
+    Shapes: Y and omega (p, q), v (p,). Eigen-directions of Omega^T Y with an eigenvalue below its rounding error, in Y's own
+    precision, are dropped. Returns x in v's dtype and info: "correction" = ||x - v / rho|| / ||v / rho|| and "rank", the
+    directions kept.
     """
     _check(v, rho)
     if Y.shape != omega.shape or Y.ndim != 2 or len(Y) != len(v):
@@ -109,16 +111,17 @@ def nystrom_solve(Y, omega, v, rho):
     if scale == 0 or q == 0:
         return v / rho, {"correction": 0.0, "rank": 0}
     unit = v / scale
-    rows = torch.cat([omega.T, Y.T, unit[None]]).double()
+    rows = torch.cat([omega.T, Y.T, unit[None]]).detach().double()
     products = (rows[q:-1] @ rows.T).cpu().numpy()  # Y^T Omega, Y^T Y and Y^T v: what follows is q x q
     if not np.isfinite(products).all():
         raise ValueError("Y must be finite; the Hessian-vector products overflowed")
     M, YY, Yv = products[:, :q], products[:, q:-1], products[:, -1]
     eigenvalues, U = np.linalg.eigh((M + M.T) / 2)
-    keep = eigenvalues > 10 * torch.finfo(Y.dtype).eps * max(eigenvalues[-1], 0)
+    keep = eigenvalues > 10 * torch.finfo(Y.dtype).eps * float(rows[:q].norm() * rows[q:-1].norm())
     U = U[:, keep] / np.sqrt(eigenvalues[keep])  # H_q = F F^T with F = Y U
-    # Woodbury: (F F^T + rho I)^{-1} v = (v - F (rho I + F^T F)^{-1} F^T v) / rho
-    small = U @ np.linalg.solve(U.T @ YY @ U + rho * np.eye(U.shape[1]), U.T @ Yv)
+    # Woodbury: (F F^T + rho I)^{-1} v = (v - F (rho I + F^T F)^{-1} F^T v) / rho, with F^T F = W diag(d) W^T
+    d, W = np.linalg.eigh(U.T @ YY @ U)
+    small = U @ (W @ (W.T @ (U.T @ Yv) / (rho + d.clip(0))))
     change = torch.from_numpy(small).to(v.device) @ rows[q:-1]
     x = (unit - change) * (scale / rho)
     return x.to(v.dtype), {"correction": float(change.norm() / unit.norm()), "rank": U.shape[1]}
@@ -126,7 +129,6 @@ def nystrom_solve(Y, omega, v, rho):
 
 def nystrom_ihvp(product, v, rank=3, rho=50.0, sketch="krylov", generator=None):
     """Sketch the Hessian with `rank` products and solve: the two steps above in one call."""
-    _check(v, rho)
     omega, Y = make_sketch(sketch, product, v, rank, generator)
     return nystrom_solve(Y, omega, v, rho)
 

@@ -57,12 +57,14 @@ def read(path):
 
 def export(runs_dir: Path, results_dir: Path):
     """Thins every finished run (one with an evaluation) to about 200 points; unfinished ones are named."""
-    results_dir.mkdir(exist_ok=True)
+    if not runs_dir.is_dir():
+        sys.exit(f"error: --runs-dir {runs_dir} is not a folder")
+    results_dir.mkdir(parents=True, exist_ok=True)
     summary_path = results_dir / "summary.csv"
     summary = {(row["env_id"], row["exp_name"], row["seed"]): row for row in read(summary_path)} if summary_path.exists() else {}
     for folder in sorted(path.parent for path in runs_dir.glob("*/config.json")):
         if not (folder / "evaluation.csv").exists():
-            print(f"unfinished, left out: {folder.name}")
+            print(f"no evaluation, left out: {folder.name}")
             continue
         config, progress = json.loads((folder / "config.json").read_text()), read(folder / "progress.csv")
         flags, returns = config["flags"], [float(row["return"]) for row in read(folder / "evaluation.csv")]
@@ -76,6 +78,8 @@ def export(runs_dir: Path, results_dir: Path):
         row |= {"return_100": round(float(last["return_100"]), 2), "eval_return": round(float(np.mean(returns)), 2)}
         row |= {"wall_seconds": last["wall_seconds"], "sps": last["sps"]} | config["versions"]
         row["flags"] = json.dumps({k: v for k, v in flags.items() if k not in ("runs_dir", "env_id", "exp_name", "seed")})
+        if (others := {r["flags"] for r in summary.values() if (r["env_id"], r["exp_name"]) == name[:2]} - {row["flags"]}):
+            sys.exit(f"error: {folder.name} has other flags than the runs of that name in {results_dir}: {row['flags']}, not {others.pop()}")
         summary[name] = row
     columns = list(dict.fromkeys(column for row in summary.values() for column in row))
     with open(summary_path, "w", newline="") as file:
@@ -96,7 +100,7 @@ def table(summary) -> str:
     finals = {key: [float(row["return_100"]) for row in rows] for key, rows in groups.items()}
     for (env_id, method), rows in sorted(groups.items(), key=lambda item: (item[0][0], rank(item[0][1]))):
         final, blpo, ahead = finals[env_id, method], finals.get((env_id, "blpo"), []), ""
-        if method != "blpo" and min(len(final), len(blpo)) > 1:
+        if method != "blpo" and min(len(final), len(blpo)) > 1 and np.std(final) * np.std(blpo) > 0:
             interval = scipy.stats.ttest_ind(blpo, final, equal_var=False).confidence_interval()
             ahead = f"{interval.low:+,.0f} to {interval.high:+,.0f}"
         each, evaluation = ", ".join(f"{x:,.0f}" for x in final), [float(row["eval_return"]) for row in rows]
@@ -123,7 +127,7 @@ def draw(results_dir: Path, summary, figure: Path):
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=8, frameon=False)
     axes[0, 0].set_ylabel("return, mean of the last 100 episodes")
     fig.tight_layout()
-    figure.parent.mkdir(exist_ok=True)
+    figure.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(figure, dpi=120)
 
 

@@ -10,6 +10,7 @@ For a comparison in which only the bilevel parts differ, give it BLPO's rollouts
 """
 
 import contextlib
+import copy
 import csv
 import difflib
 import gc
@@ -127,7 +128,7 @@ def check_args(args: Args) -> None:
                 fail(f"--{flag.replace('_', '-')} must {must}, got {getattr(args, flag)!r}")
 
     require("be at least 1", lambda n: n >= 1, "total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs")
-    require("lie between 1 and 65,536", lambda n: 1 <= n <= 65_536, "hidden_size")
+    require("lie between 1 and 4,096", lambda n: 1 <= n <= 4_096, "hidden_size")
     require("be positive and finite", lambda x: 0 < x < math.inf, "actor_lr", "critic_lr", "max_grad_norm", "clip_coef")
     require("lie in [0, 1]", lambda x: 0 <= x <= 1, "gamma", "gae_lambda")
     require("be 0 or positive, and finite", lambda x: 0 <= x < math.inf, "ent_coef", "eval_episodes")
@@ -161,10 +162,14 @@ def check_args(args: Args) -> None:
 
 
 class NoInfo(gym.Wrapper):
-    """Drops the infos of steps: merging them takes a vector environment a twelfth of its time, and nothing reads them."""
+    """Drops the infos of steps: merging them takes a vector environment a twelfth of its time, and nothing reads them.
+
+    Copies an episode's last observation, which the reset that follows would overwrite where an environment reuses its array.
+    """
 
     def step(self, action):
-        return *self.env.step(action)[:4], {}
+        obs, reward, terminated, truncated, _ = self.env.step(action)
+        return copy.deepcopy(obs) if terminated or truncated else obs, reward, terminated, truncated, {}
 
 
 def make_env(env_id: str) -> gym.Env:
@@ -408,8 +413,9 @@ def evaluate(actor: Actor, obs_rms: RunningMeanStd | None, env_id: str, episodes
     """Returns and lengths of whole episodes, of 100,000 steps at most, under the mean action and frozen statistics."""
     env = make_env(env_id)
     returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=int)
+    seeds = np.random.SeedSequence([seed, 1]).generate_state(episodes).tolist()  # none that training used
     for episode in range(episodes):
-        obs, _ = env.reset(seed=seed + episode)
+        obs, _ = env.reset(seed=seeds[episode])
         done = False
         while not done and lengths[episode] < 100_000:
             obs = obs_rms.normalize(obs) if obs_rms else obs
@@ -568,7 +574,7 @@ def train(args: Args) -> Path:
     phases = ", ".join(f"{phase} {1e3 * spent / iterations:.0f}" for phase, spent in seconds.items())
     print(f"{global_step:,} steps in {wall:.0f} s, {global_step / wall:.0f} SPS; ms per iteration: {phases}")
     if args.eval_episodes:
-        returns, lengths = evaluate(actor, obs_rms, args.env_id, args.eval_episodes, args.seed + 10_000)
+        returns, lengths = evaluate(actor, obs_rms, args.env_id, args.eval_episodes, args.seed)
         rows = "".join(f"{r!r},{n}\n" for r, n in zip(returns.tolist(), lengths.tolist()))
         (run.folder / "evaluation.csv").write_text("return,length\n" + rows)
         print(f"evaluation, {args.eval_episodes} deterministic episodes: return {returns.mean():.1f} ± {returns.std():.1f}", end="")

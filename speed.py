@@ -38,14 +38,19 @@ class Args:
 
 def measure(command: str, steps: int):
     """Steps per second in steady state, peak RSS in MiB, and milliseconds per iteration by phase where the command says."""
-    words = [*shlex.split(command), "--total-timesteps", str(steps)]
+    try:
+        words = [*shlex.split(command), "--total-timesteps", str(steps)]
+    except ValueError as problem:
+        sys.exit(f"error: {command}: {problem}")
     with tempfile.TemporaryDirectory() as folder:
         ours = any(re.search(r"(blpo|ppo)_\w+\.py$", word) and (Path(word).parent / "nystrom.py").exists() for word in words)
         if ours:
             words += ["--eval-episodes", "0", "--runs-dir", folder]
-        process = subprocess.Popen(
-            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        )
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        try:
+            process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+        except OSError as problem:
+            sys.exit(f"error: {command}: {problem}")
         step, points, tail = 0, [], ""
         for line in process.stdout:
             tail = line
@@ -61,7 +66,9 @@ def measure(command: str, steps: int):
             with open(next(Path(folder).glob("*/progress.csv"))) as file:
                 rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
             points = [(row["global_step"], row["wall_seconds"]) for row in rows]
-            phases = {p: 1e3 * statistics.mean(row[f"seconds_{p}"] for row in rows[1:]) for p in PHASES if f"seconds_{p}" in rows[0]}
+            for phase in PHASES:
+                if f"seconds_{phase}" in rows[0] and len(rows) > 1:
+                    phases[phase] = 1e3 * statistics.mean(row[f"seconds_{phase}"] for row in rows[1:])
     if len(points) < 2:
         sys.exit(f"error: {command} reported {len(points)} times; raise --steps")
     (first, begin), (last, end) = points[0], points[-1]
@@ -70,8 +77,8 @@ def measure(command: str, steps: int):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    if args.turns < 1 or args.steps < 1:
-        sys.exit("error: --turns and --steps must be at least 1")
+    if min(args.turns, args.steps, len(args.commands)) < 1:
+        sys.exit("error: name at least one command, and keep --turns and --steps at 1 or more")
     results = [[measure(command, args.steps) for command in args.commands] for _ in range(args.turns)]
     print(f"| command | SPS | ratio | MiB | {' | '.join(f'{phase}, ms' for phase in PHASES)} |")
     print("|---" * (4 + len(PHASES)) + "|")

@@ -1,4 +1,4 @@
-"""Environments with known answers, and broken ones: `--env-id tests.probe_envs:ProbeValue-v0` from the repository root."""
+"""Environments with known answers, and broken ones: `--env-id tests.probe_envs:ProbeOneStep-v0` from the repository root."""
 
 import gymnasium as gym
 import numpy as np
@@ -56,6 +56,25 @@ class Forever(Probe):
         return np.zeros(1, np.float32)
 
 
+class Clock(Probe):
+    """Observes the time, in one array that it reuses; truncated after 4 steps in one environment, 5 in the next, and so on."""
+
+    steps, made = 10**9, 0
+
+    def __init__(self):
+        super().__init__()
+        self.clock = np.zeros(1, np.float32)
+        self.limit, Clock.made = 4 + Clock.made % 4, Clock.made + 1
+
+    def observe(self):
+        self.clock[:] = self.t
+        return self.clock
+
+    def step(self, action):
+        obs, reward, terminated, _, info = super().step(action)
+        return obs, reward, terminated, self.t >= self.limit, info
+
+
 class Odd(Probe):
     """Dictionary observations, an action of shape (2, 2)."""
 
@@ -106,5 +125,5 @@ class IntegerAction(Probe):
         self.action_space = gym.spaces.Box(0, 3, (2,), np.int64)
 
 
-for name, limit in dict(OneStep=None, TwoStep=None, Probe=None, Forever=5, Odd=None, Broken=None, BrokenEnd=None, Refuses=None, NoReset=None, IntegerAction=None).items():
+for name, limit in dict(OneStep=None, TwoStep=None, Probe=None, Forever=5, Clock=None, Odd=None, Broken=None, BrokenEnd=None, Refuses=None, NoReset=None, IntegerAction=None).items():
     gym.register(f"Probe{name}-v0", entry_point=globals()[name], max_episode_steps=limit)

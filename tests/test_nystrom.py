@@ -82,6 +82,23 @@ def test_the_raw_formula_would_blow_up():
     assert torch.allclose(x, v / rho) and info["rank"] == 0
 
 
+def test_bounded_where_the_sketch_is_rounding_error():
+    """Omega^T Y is noise although Y is not: no direction may be kept, or its inverse would swallow rho."""
+    v, omega = torch.ones(4), torch.eye(4)[:, :2]
+    for tiny, dtype in ((1e-17, torch.float64), (1e-18, torch.float32)):
+        Y = torch.tensor([[tiny, 0.0], [0.0, tiny], [1.0, 1.0], [1.0, 1.0]], dtype=dtype)
+        x, info = nystrom_solve(Y, omega.to(dtype), v.to(dtype), 1.0)
+        assert info["rank"] == 0 and torch.equal(x, v.to(dtype))
+    generator = torch.Generator().manual_seed(0)
+    for trial in range(300):  # nearly orthogonal to their images, at all scales, in single precision
+        p, q, scale = 12, 1 + trial % 4, 10.0 ** (trial % 13 - 6)
+        omega = torch.linalg.qr(torch.randn(p, q, generator=generator))[0]
+        Y = torch.randn(p, q, generator=generator)
+        Y = scale * (Y - omega @ (omega.T @ Y) * (1 - 10.0 ** -(trial % 9)))
+        v = torch.randn(p, generator=generator).float()
+        assert nystrom_solve(Y.float(), omega.float(), v, 1.0)[0].norm() <= v.norm() * (1 + 1e-5)
+
+
 def test_sketch_columns_equal_hessian_columns_of_a_deep_network():
     torch.manual_seed(0)
     sizes = [(5, 3), (5,), (4, 5), (4,), (1, 4), (1,)]

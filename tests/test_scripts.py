@@ -17,9 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 import blpo_continuous as blpo
+import plot
 import ppo_continuous as ppo
 from nystrom import nystrom_ihvp
 
@@ -70,7 +72,7 @@ def load(script, folder):
 
 
 def test_shared_blocks_are_identical():
-    shared = "fail parse_args make_env make_envs RunningMeanStd layer_init mlp Actor Critic gae_matrix stacked_obs split_values gae "
+    shared = "fail parse_args NoInfo make_env make_envs RunningMeanStd layer_init mlp Actor Critic gae_matrix stacked_obs split_values gae "
     shared += "critic_loss policy_loss flat flatten apply_gradient Stopwatch Run evaluate"
     for name in shared.split():
         assert inspect.getsource(getattr(ppo, name)) == inspect.getsource(getattr(blpo, name)), name
@@ -210,21 +212,37 @@ def test_run_names_stay_in_the_runs_folder(tmp_path):
 
 
 def test_plot_from_runs_to_table_and_figure(tmp_path):
-    for script, seed, steps in ((ppo, 1, 1000), (blpo, 1, 1000), (blpo, 2, 900)):
+    for script, seed, steps in ((ppo, 1, 1000), (blpo, 1, 900), (blpo, 2, 900)):
         train(script, tmp_path / "runs", *TINY, "--env-id", "Pendulum-v1", "--total-timesteps", steps, "--seed", seed)
     (tmp_path / "runs" / "killed").mkdir()
     (tmp_path / "runs" / "killed" / "config.json").write_text("{}")
-    plot = [sys.executable, f"{ROOT}/plot.py", "--results-dir", tmp_path / "results", "--figure", tmp_path / "figures" / "f.png"]
-    empty = subprocess.run(plot, capture_output=True, text=True)
+    command = [sys.executable, f"{ROOT}/plot.py", "--results-dir", tmp_path / "results", "--figure", tmp_path / "figures" / "f.png"]
+    empty = subprocess.run(command, capture_output=True, text=True)
     assert empty.returncode == 1 and "--runs-dir" in empty.stderr and empty.stderr.count("\n") == 1
-    first = subprocess.run([*plot, "--runs-dir", tmp_path / "runs"], capture_output=True, text=True, check=True)
+    first = subprocess.run([*command, "--runs-dir", tmp_path / "runs"], capture_output=True, text=True, check=True)
     assert "left out: killed" in first.stdout
     assert "| Pendulum-v1 | blpo_continuous | 2 |" in first.stdout and "| Pendulum-v1 | ppo_continuous | 1 |" in first.stdout
-    again = subprocess.run(plot, capture_output=True, text=True, check=True)  # from results/ alone
+    again = subprocess.run(command, capture_output=True, text=True, check=True)  # from results/ alone
     assert again.stdout == first.stdout.split("\n", 1)[1]
     assert (tmp_path / "figures" / "f.png").stat().st_size > 10_000
+    next((tmp_path / "runs").glob("*blpo*__2__*")).rename(tmp_path / "runs" / "again")
+    config = (tmp_path / "runs" / "again" / "config.json").read_text()
+    (tmp_path / "runs" / "again" / "config.json").write_text(config.replace('"gamma": 0.99', '"gamma": 0.9'))
+    mixed = subprocess.run([*command, "--runs-dir", tmp_path / "runs"], capture_output=True, text=True)
+    assert mixed.returncode == 1 and "other flags" in mixed.stderr and mixed.stderr.count("\n") == 1
     curve = rows(tmp_path / "results" / "Pendulum-v1__blpo_continuous__2.csv")
     assert curve[-1]["global_step"] == 896 and curve[-1]["return_100"] < 0
+
+
+def test_table_says_how_far_blpo_is_ahead():
+    row = lambda method, seed, final: dict(env_id="E", exp_name=method, seed=seed, return_100=final, eval_return=final)
+    summary = [row("blpo", i, x) for i, x in enumerate((10.0, 12.0, 14.0))] + [row("nested", i, x) for i, x in enumerate((1.0, 3.0, 8.0))]
+    text = plot.table([*summary, row("control", 1, 5.0), row("ppo-matched", 1, 7.0), row("ppo-matched", 2, 7.0)])
+    # Welch by hand: 12 - 4 = 8, variances 4 and 13 over 3 seeds each, 3.13 degrees of freedom, t = 3.11
+    a, b = 4 / 3, 13 / 3
+    half = scipy.stats.t.ppf(0.975, (a + b) ** 2 / (a**2 / 2 + b**2 / 2)) * math.sqrt(a + b)
+    assert f"| E | nesting only | 3 | 4 ± 4 | {8 - half:+,.0f} to {8 + half:+,.0f} | 1, 3, 8 | 4 ± 4 |" in text
+    assert "| E | control: plain advantage | 1 | 5 |  | 5 | 5 |" in text and "| E | PPO, matched | 2 | 7 ± 0 |  | 7, 7 | 7 ± 0 |" in text
 
 
 def test_speed_side_by_side(tmp_path):
@@ -240,8 +258,10 @@ def test_speed_side_by_side(tmp_path):
     assert 100 < mine[2] < 2_000 and 5 < theirs[2] < 100  # MiB
     assert 0 < theirs[0] <= 5_000 and theirs[1] == 1 and len(theirs) == 3
     assert mine[1] == pytest.approx(mine[0] / theirs[0], rel=0.5) and len(mine) == 3 + 5  # a PPO has no hypergradient
-    failed = subprocess.run([*speed[:2], f"{sys.executable} -c 1/0"], capture_output=True, text=True)
-    assert failed.returncode == 1 and "ZeroDivisionError" in failed.stderr and failed.stderr.count("\n") == 1
+    once = f"{sys.executable} {ROOT}/ppo_continuous.py --env-id Pendulum-v1 --num-steps 640 --num-minibatches 2"
+    for bad, word in ((f"{sys.executable} -c 1/0", "ZeroDivisionError"), ("nosuchcommand", "nosuch"), ("a 'b", "quot"), (once, "--steps")):
+        failed = subprocess.run([*speed[:2], bad, "--steps", "640"], capture_output=True, text=True)
+        assert failed.returncode == 1 and word in failed.stderr and failed.stderr.count("\n") == 1, failed.stderr
 
 
 # Every flag value
@@ -344,7 +364,7 @@ BAD = [
     (["--num-steps", "-5"], "--num-steps", "at least 1"),
     (["--num-minibatches", "0"], "--num-minibatches", "at least 1"),
     (["--update-epochs", "0"], "--update-epochs", "at least 1"),
-    (["--hidden-size", "0"], "--hidden-size", "65,536"),
+    (["--hidden-size", "0"], "--hidden-size", "4,096"),
     (["--num-envs", "2.5"], "--num-envs", "2.5"),
     (["--actor-lr", "0"], "--actor-lr", "positive"),
     (["--critic-lr", "-1"], "--critic-lr", "positive"),
@@ -442,6 +462,17 @@ def test_truncation_bootstraps_and_termination_does_not(script, tmp_path):
     assert float(load(script, endless)[1](torch.zeros(1, 1)).detach()) == pytest.approx(1 / (1 - 0.8), rel=0.05)
     ending = train(script, tmp_path / "b", *flags, "tests.probe_envs:ProbeProbe-v0")
     assert float(load(script, ending)[1](torch.zeros(1, 1)).detach()) == pytest.approx(1.0, rel=0.05)
+
+
+def test_next_observations_are_the_true_ones(tmp_path, monkeypatch):
+    """Also where an episode was truncated, at different steps in different environments."""
+    batches, implicit_weights = [], blpo.implicit_weights
+    monkeypatch.setattr(blpo, "implicit_weights", lambda critic, mb, *rest: batches.append(mb) or implicit_weights(critic, mb, *rest))
+    flags = ["--env-id", "tests.probe_envs:ProbeClock-v0", "--total-timesteps", 640, "--no-norm-obs", "--no-norm-adv"]
+    train(blpo, tmp_path, *TINY, *flags)
+    obs, next_obs, cut = (torch.cat([getattr(mb, name) for mb in batches]) for name in ("obs", "next_obs", "cut"))
+    assert torch.equal(next_obs, obs + 1)
+    assert len(next_obs[cut].unique()) > 4 and not torch.equal(next_obs[:, :-1], obs[:, 1:])
 
 
 @pytest.fixture(scope="module")
