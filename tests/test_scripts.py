@@ -105,7 +105,7 @@ def test_every_flag_is_read_and_documented():
 def test_commands_in_the_readme_are_accepted(monkeypatch):
     monkeypatch.chdir(ROOT)
     text = (ROOT / "README.md").read_text().replace("\\\n", " ").replace("$env", "Hopper-v4").replace("$seed", "1")
-    commands = re.findall(r"python (ppo|blpo)_continuous\.py([^`\n#]*)", text)
+    commands = re.findall(r"python (ppo|blpo)_continuous\.py([^`\n#\"]*)", text)
     assert len(commands) >= 6
     for script, flags in commands:
         script = dict(ppo=ppo, blpo=blpo)[script]
