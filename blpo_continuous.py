@@ -413,7 +413,6 @@ def solve_ihvp(product, v, args: Args, generator):
 # BLPO: step 3
 def curvature(critic, mb: Batch, J: Jacobian, args: Args):
     """The map u -> H u: the Hessian of g, or its Gauss-Newton part (2/B) J^T J, without the second derivatives of V."""
-    B = mb.obs[..., 0].numel()
     if args.hessian == "full":
 
         def grad_fn(w):
@@ -421,6 +420,7 @@ def curvature(critic, mb: Batch, J: Jacobian, args: Args):
             return torch.autograd.grad(critic_loss(values, mb.returns), w, create_graph=True)[0]
 
         return hessian_products(grad_fn, flat(critic.parameters()))
+    B = mb.returns.numel()
     mean = torch.zeros_like(J.values)  # over the B observations, not the true next ones that follow them
     mean[:B] = 2 / B
 

@@ -87,6 +87,8 @@ def krylov_sketch(product, v, rank):
 
 def make_sketch(kind, product, v, rank, generator=None):
     """Omega and Y = H Omega of one of the SKETCHES; product maps u to H u, for u of shape (p,) or (p, q)."""
+    if v.ndim != 1:
+        raise ValueError(f"v must be a flat vector, got shape {tuple(v.shape)}")
     if kind not in SKETCHES:
         raise ValueError(f"kind of sketch must be one of {SKETCHES}, got {kind!r}")
     if not 0 <= rank <= len(v):
@@ -104,13 +106,13 @@ def nystrom_solve(Y, omega, v, rho):
     precision, are dropped. Returns x in v's dtype and info: "correction" = ||x - v / rho|| / ||v / rho|| and "rank", the
     directions kept.
     """
-    _check(v, rho)
+    scale = _check(v, rho)
     if Y.shape != omega.shape or Y.ndim != 2 or len(Y) != len(v):
         raise ValueError(f"Y and omega must both have shape ({len(v)}, q), got {tuple(Y.shape)} and {tuple(omega.shape)}")
-    scale, q = float(v.abs().max()), Y.shape[1]  # normalised first: a tiny float32 v must not underflow when it is squared
+    q = Y.shape[1]
     if scale == 0 or q == 0:
         return v / rho, {"correction": 0.0, "rank": 0}
-    unit = v / scale
+    unit = v / scale  # a tiny float32 v must not underflow when it is squared
     rows = torch.cat([omega.T, Y.T, unit[None]]).detach().double()
     products = (rows[q:-1] @ rows.T).cpu().numpy()  # Y^T Omega, Y^T Y and Y^T v: what follows is q x q
     if not np.isfinite(products).all():
@@ -141,8 +143,7 @@ def cg_ihvp(product, v, rho=50.0, max_iters=50, tol=1e-5, preconditioner=None):
     (H + rho I)^{-1} r, for example r -> nystrom_solve(Y, omega, r, rho)[0]. Returns x and info: "correction" as above,
     "residual" = ||(H + rho I) x - v|| / ||v||, "iterations" and "negative_curvature".
     """
-    _check(v, rho)
-    scale = float(v.abs().max())
+    scale = _check(v, rho)
     if scale == 0:
         return v / rho, {"correction": 0.0, "residual": 0.0, "iterations": 0, "negative_curvature": False}
     unit = _unit(v)
@@ -170,10 +171,12 @@ def cg_ihvp(product, v, rho=50.0, max_iters=50, tol=1e-5, preconditioner=None):
 
 
 def _check(v, rho):
-    if v.ndim != 1 or not math.isfinite(v.abs().max()):
+    """The largest |v_i|, if v and rho are what a solver can take."""
+    if v.ndim != 1 or not math.isfinite(scale := float(v.abs().max())):
         raise ValueError("v must be a flat vector of finite numbers")
     if not 0 < rho < math.inf:
         raise ValueError(f"rho must be positive and finite, got {rho}")
+    return scale
 
 
 def _unit(v):

@@ -69,10 +69,6 @@ def export(runs_dir: Path, results_dir: Path):
         config, progress = json.loads((folder / "config.json").read_text()), read(folder / "progress.csv")
         flags, returns = config["flags"], [float(row["return"]) for row in read(folder / "evaluation.csv")]
         name = *(re.sub(r"[^\w.-]+", "-", flags[key], flags=re.ASCII) for key in ("env_id", "exp_name")), str(flags["seed"])
-        keep = np.unique(np.linspace(0, len(progress) - 1, 200).astype(int))
-        with open(results_dir / ("__".join(name) + ".csv"), "w") as file:
-            file.write("global_step,return_100\n")
-            file.writelines(f"{progress[i]['global_step']},{float(progress[i]['return_100']):.2f}\n" for i in keep)
         last = progress[-1]
         row = dict(zip(("env_id", "exp_name", "seed"), name)) | {"global_step": last["global_step"]}
         row |= {"return_100": round(float(last["return_100"]), 2), "eval_return": round(float(np.mean(returns)), 2)}
@@ -81,6 +77,10 @@ def export(runs_dir: Path, results_dir: Path):
         if (others := {r["flags"] for r in summary.values() if (r["env_id"], r["exp_name"]) == name[:2]} - {row["flags"]}):
             sys.exit(f"error: {folder.name} has other flags than the runs of that name in {results_dir}: {row['flags']}, not {others.pop()}")
         summary[name] = row
+        keep = np.unique(np.linspace(0, len(progress) - 1, 200).astype(int))
+        with open(results_dir / ("__".join(name) + ".csv"), "w") as file:
+            file.write("global_step,return_100\n")
+            file.writelines(f"{progress[i]['global_step']},{float(progress[i]['return_100']):.2f}\n" for i in keep)
     columns = list(dict.fromkeys(column for row in summary.values() for column in row))
     with open(summary_path, "w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")

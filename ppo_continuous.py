@@ -440,6 +440,7 @@ def train(args: Args) -> Path:
     actor = Actor(obs_dim, int(np.prod(action_space.shape)), args.hidden_size).to(device)
     critic = Critic(obs_dim, args.hidden_size).to(device)
     actor_params, critic_params = list(actor.parameters()), list(critic.parameters())
+    actor_size = sum(p.numel() for p in actor_params)
     actor_optimizer = torch.optim.Adam([flatten(actor)], lr=args.actor_lr, eps=1e-5, fused=True)
     critic_optimizer = torch.optim.Adam([flatten(critic)], lr=args.critic_lr, eps=1e-5, fused=True)
 
@@ -543,7 +544,7 @@ def train(args: Args) -> Path:
                 gradient = flat(torch.autograd.grad(loss + args.vf_coef * 0.5 * error, actor_params + critic_params))
                 if args.joint_grad_clip:
                     gradient = gradient * (args.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1)
-                actor_gradient, critic_gradient = gradient.split([sum(p.numel() for p in ps) for ps in (actor_params, critic_params)])
+                actor_gradient, critic_gradient = gradient[:actor_size], gradient[actor_size:]
                 metrics["skipped_updates"].append(apply_gradient(critic_optimizer, critic_gradient, args.max_grad_norm))
                 metrics["critic_loss"].append(float(critic_loss(values.detach(), mb.returns)))
                 lap("critic")

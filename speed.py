@@ -61,17 +61,16 @@ def measure(command: str, steps: int):
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             sys.exit(f"error: {command} ended with status {os.waitstatus_to_exitcode(status)}: {tail.strip()}")
-        phases = {}
-        if ours:
-            with open(next(Path(folder).glob("*/progress.csv"))) as file:
+        rows = []
+        for path in Path(folder).glob("*/progress.csv"):
+            with open(path) as file:
                 rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
             points = [(row["global_step"], row["wall_seconds"]) for row in rows]
-            for phase in PHASES:
-                if f"seconds_{phase}" in rows[0] and len(rows) > 1:
-                    phases[phase] = 1e3 * statistics.mean(row[f"seconds_{phase}"] for row in rows[1:])
     if len(points) < 2:
         sys.exit(f"error: {command} reported {len(points)} times; raise --steps")
     (first, begin), (last, end) = points[0], points[-1]
+    spent = {phase: [row[f"seconds_{phase}"] for row in rows[1:]] for phase in PHASES if rows and f"seconds_{phase}" in rows[0]}
+    phases = {phase: 1e3 * statistics.mean(seconds) for phase, seconds in spent.items()}
     return (last - first) / (end - begin), usage.ru_maxrss / 1024, phases
 
 

@@ -214,6 +214,7 @@ NAN = torch.tensor([1.0, float("nan"), 0.0, 0.0], dtype=torch.float64)
         ("v must", lambda v: nystrom_ihvp(products(H4), NAN, rank=2)),
         ("v must", lambda v: cg_ihvp(products(H4), NAN)),
         ("v must", lambda v: nystrom_solve(H4, H4, v[None], 1.0)),
+        ("v must", lambda v: nystrom_ihvp(products(H4), v[:, None], rank=2)),
         ("kind", lambda v: make_sketch("rows", products(H4), v, 2)),
         ("u must", lambda v: hessian_products(lambda w: H4 @ w, v)(H4[:3])),
         ("Y", lambda v: nystrom_solve(H4[:, :2], H4[:, :3], v, 1.0)),

@@ -228,6 +228,8 @@ def test_plot_from_runs_to_table_and_figure(tmp_path):
     next((tmp_path / "runs").glob("*blpo*__2__*")).rename(tmp_path / "runs" / "again")
     config = (tmp_path / "runs" / "again" / "config.json").read_text()
     (tmp_path / "runs" / "again" / "config.json").write_text(config.replace('"gamma": 0.99', '"gamma": 0.9'))
+    progress = (tmp_path / "runs" / "again" / "progress.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "runs" / "again" / "progress.csv").write_text("".join(progress[:5]))  # seen below if it were exported
     mixed = subprocess.run([*command, "--runs-dir", tmp_path / "runs"], capture_output=True, text=True)
     assert mixed.returncode == 1 and "other flags" in mixed.stderr and mixed.stderr.count("\n") == 1
     curve = rows(tmp_path / "results" / "Pendulum-v1__blpo_continuous__2.csv")
