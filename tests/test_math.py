@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -299,6 +300,15 @@ def test_policy_and_value_losses_by_hand():
         assert float(script.critic_loss(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 1.0]))) == pytest.approx(2.5)
     values, old, returns = torch.tensor([1.0, 0.1]), torch.tensor([0.0, 0.0]), torch.tensor([1.0, 1.0])
     assert float(ppo.clipped_critic_loss(values, returns, old, 0.2)) == pytest.approx((0.8**2 + 0.9**2) / 2)
+
+
+@pytest.mark.parametrize("script", [blpo, ppo])
+def test_numpy_policy_is_the_actor(script, float64):
+    actor = script.Actor(5, 3, hidden=16)
+    script.flatten(actor)
+    x, policy = torch.randn(7, 5), script.numpy_policy(actor.mean)
+    assert np.allclose(policy(x.numpy()), actor.mean(x).detach().numpy(), rtol=1e-12, atol=1e-14)
+    assert np.allclose(policy(x[0].numpy()), actor.mean(x[0]).detach().numpy(), rtol=1e-12, atol=1e-14)
 
 
 def test_gaussian_log_prob_and_entropy():

@@ -72,7 +72,7 @@ def load(script, folder):
 
 
 def test_shared_blocks_are_identical():
-    shared = "fail parse_args NoInfo make_env make_envs RunningMeanStd layer_init mlp Actor Critic gae_matrix stacked_obs split_values gae "
+    shared = "fail parse_args make_env make_envs RunningMeanStd layer_init mlp Actor numpy_policy Critic gae_matrix stacked_obs split_values gae "
     shared += "critic_loss policy_loss flat flatten apply_gradient Stopwatch Run evaluate"
     for name in shared.split():
         assert inspect.getsource(getattr(ppo, name)) == inspect.getsource(getattr(blpo, name)), name
