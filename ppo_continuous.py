@@ -9,26 +9,17 @@ For a comparison in which only the bilevel parts differ, give it BLPO's rollouts
 "PPO, matched"). `diff ppo_continuous.py blpo_continuous.py` is the method.
 """
 
-import contextlib
-import csv
-import difflib
+import ctypes.util
 import gc
-import importlib
-import importlib.metadata
-import io
-import itertools
-import json
 import math
 import os
-import platform
-import re
-import subprocess
+import signal
 import sys
-import tempfile
 import time
 import warnings
 from collections import defaultdict, deque
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,9 +30,8 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
-import tyro
-from tqdm import tqdm
 
+from run_folder import CHECKPOINT, Run, Stopwatch, check_places, env_state, fail, load, parse_args, require, restore_env, resumed
 
 @dataclass
 class Args:
@@ -55,8 +45,20 @@ class Args:
     """environment steps in total, over all environments, rounded down to whole rollouts"""
     runs_dir: str = "runs"
     """folder that receives the run folder {env_id}__{exp_name}__{seed}__{unix time}"""
+    checkpoint_every: int = 0
+    """iterations between checkpoints (0: a twentieth of the run)"""
+    resume: str = ""
+    """run folder to continue in place from its last checkpoint, with the flags it was started with"""
+    evaluate: str = ""
+    """run folder whose policy to evaluate instead of training"""
     eval_episodes: int = 10
-    """episodes of the deterministic evaluation at the end (0: none)"""
+    """episodes of an evaluation: at the end, by --evaluate, by --eval-every (0: none)"""
+    eval_every: int = 0
+    """iterations between evaluations during training, which they leave untouched (0: none)"""
+    eval_stochastic: bool = False
+    """sample the actions of evaluations as in training, instead of taking the mean"""
+    capture_video: bool = False
+    """film the first three episodes of --evaluate (mp4, in the run folder)"""
     cuda: bool = False
     """train on the GPU; for networks of this size the CPU is faster"""
     track: bool = False
@@ -103,68 +105,38 @@ class Args:
     """clip the change of the value, too, by clip_coef"""
 
 
-def fail(message: str, status: int = 2):
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(status)
-
-
-def parse_args(argv: list[str] | None = None) -> Args:
-    """The command line as Args; tyro's boxed complaints become one line, exit status 2."""
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(Args, args=argv, description=__doc__)
-    except SystemExit as stop:
-        if stop.code:
-            _title, *body = [line.strip("│╭╮╰╯─ ") for line in complaint.getvalue().splitlines()]
-            fail(" ".join(itertools.takewhile(bool, body)) + " (--help lists all flags)")
-        raise
-
-
 def check_args(args: Args) -> None:
     """Refuses what cannot work before any work starts; every message names the flag and the fix."""
-
-    def require(must, ok, *flags):
-        for flag in flags:
-            if not ok(getattr(args, flag)):
-                fail(f"--{flag.replace('_', '-')} must {must}, got {getattr(args, flag)!r}")
-
-    require("be at least 1", lambda n: n >= 1, "total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs")
-    require("lie between 1 and 4,096", lambda n: 1 <= n <= 4_096, "hidden_size")
-    require("be positive and finite", lambda x: 0 < x < math.inf, "actor_lr", "critic_lr", "max_grad_norm", "clip_coef")
-    require("lie in [0, 1]", lambda x: 0 <= x <= 1, "gamma", "gae_lambda")
-    require("be 0 or positive, and finite", lambda x: 0 <= x < math.inf, "ent_coef", "eval_episodes")
-    require("lie in [0, 2^31)", lambda n: 0 <= n < 2**31, "seed")
-    require("have at most 100 characters", lambda name: len(name) <= 100, "exp_name", "env_id")
+    need = partial(require, args)
+    need("be at least 1", lambda n: n >= 1, "total_timesteps", "num_steps", "num_minibatches", "update_epochs")
+    need("lie between 1 and 4,096", lambda n: 1 <= n <= 4_096, "hidden_size", "num_envs")
+    need("be 0 or positive", lambda n: n >= 0, "checkpoint_every", "eval_every")
+    need("lie between 0 and 10,000", lambda n: 0 <= n <= 10_000, "eval_episodes")
+    need("come with --evaluate and the folder of a run", lambda on: not on or args.evaluate, "capture_video")
+    need("be empty with --evaluate: give one of them", lambda path: not (path and args.evaluate), "resume")
+    need("be at least 1 with --evaluate and --eval-every", lambda n: n or not (args.evaluate or args.eval_every), "eval_episodes")
+    need("lie in (0, 1]", lambda x: 0 < x <= 1, "actor_lr", "critic_lr")
+    need("lie in (0, 1,000]", lambda x: 0 < x <= 1_000, "max_grad_norm", "clip_coef")
+    need("lie in [0, 1]", lambda x: 0 <= x <= 1, "gamma", "gae_lambda")
+    need("be 0 or positive, and finite", lambda x: 0 <= x < math.inf, "ent_coef")
+    need("lie in [0, 2^31)", lambda n: 0 <= n < 2**31, "seed")
+    need("have at most 100 characters", lambda name: len(name) <= 100, "exp_name", "env_id")
     small = f"keep num_envs * num_steps^2, the size of the GAE matrices, below 2^31, with --num-envs {args.num_envs}"
-    require(small, lambda steps: args.num_envs * steps**2 < 2**31, "num_steps")
-    require("be positive and finite", lambda x: 0 < x < math.inf, "vf_coef")
+    need(small, lambda steps: args.num_envs * steps**2 < 2**31, "num_steps")
+    need("be positive and finite", lambda x: 0 < x < math.inf, "vf_coef")
 
     rollout = args.num_envs * args.num_steps
-    require(f"be at least one rollout, num_envs * num_steps = {rollout}", lambda n: n >= rollout, "total_timesteps")
+    need(f"be at least one rollout, num_envs * num_steps = {rollout}", lambda n: n >= rollout, "total_timesteps")
     parts, what = (args.num_envs, "--num-envs") if args.trajectory_minibatches else (rollout, "num_envs * num_steps =")
-    require(f"divide {what} {parts}", lambda n: parts % n == 0, "num_minibatches")
-    require("leave two steps to a minibatch, or give --no-norm-adv", lambda n: not args.norm_adv or rollout >= 2 * n, "num_minibatches")
-    require("be off: torch finds no GPU here", lambda on: not on or torch.cuda.is_available(), "cuda")
-    module, _, name = args.env_id.rpartition(":")
-    try:
-        if module:
-            importlib.import_module(module)
-        gym.spec(name)
-    except Exception as problem:  # a foreign module may raise anything
-        close = difflib.get_close_matches(name, gym.registry, n=3)
-        fail(f"--env-id {args.env_id}: {problem}" + f" Close: {', '.join(close)}." * bool(close))
-    if name == "Pusher-v4":
-        fail("--env-id Pusher-v4 does not work with mujoco >= 3: use Pusher-v5")
-    try:
-        os.makedirs(args.runs_dir, exist_ok=True)
-        tempfile.TemporaryDirectory(dir=args.runs_dir).cleanup()
-    except OSError as problem:
-        fail(f"--runs-dir {args.runs_dir} is not writable ({problem.strerror}): name another folder")
+    need(f"divide {what} {parts}", lambda n: parts % n == 0, "num_minibatches")
+    need("leave two steps to a minibatch, or give --no-norm-adv", lambda n: not args.norm_adv or rollout >= 2 * n, "num_minibatches")
+    need("be off: torch finds no GPU here", lambda on: not on or torch.cuda.is_available(), "cuda")
+    if not args.evaluate:
+        check_places(args.env_id, args.runs_dir)
 
 
-def make_env(env_id: str) -> gym.Env:
-    env = gym.make(env_id, disable_env_checker=True)
+def make_env(env_id: str, **options) -> gym.Env:
+    env = gym.make(env_id, disable_env_checker=True, **options)
     if not (isinstance(env.observation_space, gym.spaces.Box) and len(env.observation_space.shape) == 1):
         env = gym.wrappers.FlattenObservation(env)  # dm_control's dictionaries, images
     return env
@@ -174,7 +146,7 @@ def make_envs(args: Args) -> list[gym.Env]:
     """A plain list: stepping it in a loop costs 7 microseconds per step less than SyncVectorEnv (README.md, "Speed")."""
     try:
         envs = [make_env(args.env_id) for _ in range(args.num_envs)]
-        envs[0].reset(seed=args.seed)
+        shapes = {np.shape(env.reset(seed=args.seed)[0]) for env in envs}
     except Exception as problem:  # whatever a foreign environment raises
         fail(f"--env-id {args.env_id} cannot be made: {problem}")
     obs_space, action_space = envs[0].observation_space, envs[0].action_space
@@ -184,6 +156,8 @@ def make_envs(args: Args) -> list[gym.Env]:
         fail(f"--env-id {args.env_id} has actions {action_space}: name an environment with a real-valued Box action space")
     if not isinstance(obs_space, gym.spaces.Box):
         fail(f"--env-id {args.env_id} has observations {obs_space}, which cannot be flattened: name another environment")
+    if shapes != {obs_space.shape}:
+        fail(f"--env-id {args.env_id} returns observations of shape {shapes.pop()}, not {obs_space.shape} as it says: repair it")
     return envs
 
 
@@ -201,6 +175,12 @@ class RunningMeanStd:
 
     def normalize(self, x):
         return np.clip((x - self.mean) / np.sqrt(self.var + 1e-8), -10, 10)
+
+    def state_dict(self):
+        return {name: torch.as_tensor(value, dtype=torch.float64) for name, value in vars(self).items()}
+
+    def load_state_dict(self, state):
+        vars(self).update({name: value.numpy() for name, value in state.items()})
 
 
 def layer_init(layer: nn.Linear, std: float = math.sqrt(2)) -> nn.Linear:
@@ -329,100 +309,22 @@ def apply_gradient(optimizer, gradient, max_norm: float) -> float:
     return 0.0
 
 
-class Stopwatch:
-    """Adds the time since its last call to the phase named."""
-
-    def __init__(self):
-        self.seconds, self.last = defaultdict(float), time.perf_counter()
-
-    def __call__(self, phase: str):
-        now = time.perf_counter()
-        self.seconds[phase] += now - self.last
-        self.last = now
-
-
-class Run:
-    """The run folder: config.json at once, progress.csv and episodes.csv line by line, so that a killed run keeps them."""
-
-    def __init__(self, args: Args):
-        stem = re.sub(r"[^\w.-]+", "-", f"{args.env_id}__{args.exp_name}__{args.seed}", flags=re.ASCII)
-        for born in itertools.count(int(time.time())):  # the next free second: runs may start at the same time
-            with contextlib.suppress(FileExistsError):
-                (folder := Path(args.runs_dir) / f"{stem}__{born}").mkdir()
-                break
-        self.folder, self.total, self.progress, self.wandb, self.last_line = folder, args.total_timesteps, None, None, 0.0
-        versions = {"python": platform.python_version()}
-        for package in ("torch", "gymnasium", "mujoco", "numpy"):
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                versions[package] = importlib.metadata.version(package)
-        with contextlib.suppress(OSError):  # no git here
-            git = ["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"]
-            versions["git_commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        self.config = {"script": Path(__file__).name, "flags": asdict(args), "versions": versions}
-        (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
-        self.episodes = open(folder / "episodes.csv", "w", buffering=1)  # flushed at every line
-        self.episodes.write("global_step,return,length\n")
-        self.bar = tqdm(total=self.total, unit="step", file=sys.stdout) if sys.stdout.isatty() else None
-        if args.track:
-            with self.broadcast():
-                import wandb
-
-                self.wandb = wandb.init(name=folder.name, config=self.config, dir=folder)
-
-    @contextlib.contextmanager
-    def broadcast(self):
-        """Training is worth more than its broadcast: whatever wandb raises, say so and go on without it."""
-        try:
-            yield
-        except Exception as problem:
-            print(f"wandb is off: {problem}", file=sys.stderr)
-            self.wandb = None
-
-    def log(self, row: dict):
-        if self.progress is None:
-            self.progress = open(self.folder / "progress.csv", "w", buffering=1)
-            self.writer = csv.DictWriter(self.progress, row, lineterminator="\n")
-            self.writer.writeheader()
-        self.writer.writerow(row)
-        if self.wandb:
-            with self.broadcast():
-                self.wandb.log(row, step=row["global_step"])
-        step, shown = row["global_step"], f"SPS {row['sps']:.0f}  return {row['return_100']:.1f}  KL {row['approx_kl']:.4f}"
-        if self.bar is not None:
-            self.bar.set_postfix_str(shown, refresh=False)
-            self.bar.update(step - self.bar.n)
-        elif time.time() - self.last_line > 5:
-            self.last_line = time.time()
-            print(f"step {step:>9,} of {self.total:,}  {shown}", flush=True)
-
-    def check_finite(self, step: int, *arrays):  # each (N, ...)
-        if not all(np.isfinite(array).all() for array in arrays):
-            self.close()
-            bad = np.argmin(np.isfinite(np.concatenate(arrays, axis=1)).all(1))
-            what = f"{self.config['flags']['env_id']} returned a non-finite observation or reward (environment {bad}, step {step})"
-            fail(f"{what}; what was measured until then is in {self.folder}", status=1)
-
-    def close(self):
-        for stream in filter(None, (self.episodes, self.progress)):
-            stream.close()
-        if self.bar is not None:
-            self.bar.close()
-        if self.wandb:
-            with self.broadcast():
-                self.wandb.finish()
-
-
-def evaluate(actor: Actor, obs_rms: RunningMeanStd | None, env_id: str, episodes: int, seed: int):
-    """Returns and lengths of whole episodes, of 100,000 steps at most, under the mean action and frozen statistics."""
-    env, policy = make_env(env_id), numpy_policy(actor.mean)
-    returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=int)
-    seeds = np.random.SeedSequence([seed, 1]).generate_state(episodes).tolist()  # none that training used
-    for episode in range(episodes):
-        obs, _ = env.reset(seed=seeds[episode])
+def evaluate(actor: Actor, obs_rms: RunningMeanStd | None, args: Args, videos: Path | None = None):
+    """Returns and lengths of --eval-episodes whole episodes, of 100,000 steps at most, under frozen statistics."""
+    env, policy, std = make_env(args.env_id, **(dict(render_mode="rgb_array") if videos else {})), numpy_policy(actor.mean), 0.0
+    if videos:
+        env = gym.wrappers.RecordVideo(env, str(videos), lambda episode: episode < 3, name_prefix=args.env_id, disable_logger=True)
+    if args.eval_stochastic:
+        std = actor.log_std.detach().exp().cpu().numpy()
+    returns, lengths = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes, dtype=int)
+    seeds, noise = np.random.SeedSequence([args.seed, 1]), np.random.default_rng([args.seed, 2])  # none that training uses
+    for episode, seed in enumerate(seeds.generate_state(args.eval_episodes).tolist()):
+        obs, _ = env.reset(seed=seed)
         done = False
         while not done and lengths[episode] < 100_000:
             obs = obs_rms.normalize(obs) if obs_rms else obs
-            action = policy(np.asarray(obs, np.float32)).reshape(env.action_space.shape)
+            action = policy(np.asarray(obs, np.float32))
+            action = (action + std * noise.standard_normal(action.shape, np.float32)).reshape(env.action_space.shape)
             obs, reward, terminated, truncated, _ = env.step(action.clip(env.action_space.low, env.action_space.high))
             returns[episode] += reward
             lengths[episode] += 1
@@ -431,8 +333,35 @@ def evaluate(actor: Actor, obs_rms: RunningMeanStd | None, env_id: str, episodes
     return returns, lengths
 
 
-def train(args: Args) -> Path:
-    """Trains, writes the run folder and returns it."""
+def summary(args: Args, returns, lengths) -> str:
+    kind = f"{args.eval_episodes} {'stochastic' if args.eval_stochastic else 'deterministic'} episodes"
+    spread = f"{returns.mean():.1f} ± {returns.std():.1f} ({returns.min():.1f} to {returns.max():.1f})"
+    return f"evaluation, {kind}: return {spread}, length {lengths.mean():.0f} ({lengths.min()} to {lengths.max()})"
+
+
+def evaluate_run(args: Args) -> None:
+    """--evaluate: the policy of a finished run, or of the last checkpoint."""
+    saved, folder = load("--evaluate", args, "model.pt", CHECKPOINT)
+    args.env_id, hidden = saved["args"].env_id, saved["args"].hidden_size
+    actor = Actor(saved["actor"]["mean.0.weight"].shape[1], len(saved["actor"]["log_std"]), hidden)
+    actor.load_state_dict(saved["actor"])
+    obs_rms = None
+    if saved["args"].norm_obs:
+        obs_rms = RunningMeanStd()
+        obs_rms.load_state_dict(saved["obs_rms"])
+    if args.capture_video and sys.platform == "linux":  # without a screen; read when mujoco is imported
+        os.environ.setdefault("MUJOCO_GL", "egl" if ctypes.util.find_library("EGL") else "osmesa")
+    try:
+        returns, lengths = evaluate(actor, obs_rms, args, folder / "videos" if args.capture_video else None)
+    except Exception as problem:  # whatever a foreign environment or its renderer raises
+        fail(f"--evaluate {folder}: {args.env_id} failed: {type(problem).__name__}: {problem}", status=1)
+    print(summary(args, returns, lengths))
+    if args.capture_video:
+        print(f"videos in {folder / 'videos'}")
+
+
+def train(args: Args, checkpoint: dict | None = None) -> Path:
+    """Trains, writes the run folder and returns it; goes on from a checkpoint if there is one."""
     envs = make_envs(args)
     N, T = args.num_envs, args.num_steps
     obs_dim, action_space = envs[0].observation_space.shape[0], envs[0].action_space
@@ -445,27 +374,61 @@ def train(args: Args) -> Path:
     actor_optimizer = torch.optim.Adam([flatten(actor)], lr=args.actor_lr, eps=1e-5, fused=True)
     critic_optimizer = torch.optim.Adam([flatten(critic)], lr=args.critic_lr, eps=1e-5, fused=True)
 
-    run = Run(args)
+    run = Run(args, checkpoint)
     obs_rms = RunningMeanStd(obs_dim) if args.norm_obs else None
     return_rms = RunningMeanStd()
     buffer = lambda *shape, dtype=np.float32: np.zeros((N, T, *shape), dtype)
     obs, next_obs, actions = buffer(obs_dim), buffer(obs_dim), buffer(len(actor.log_std))
     rewards, terminated, truncated, done = buffer(), buffer(), np.zeros(N, dtype=bool), buffer(dtype=bool)
     discounted_return, episode_return, episode_length = np.zeros(N), np.zeros(N), np.zeros(N, dtype=int)
-    recent, episodes, global_step = deque(maxlen=100), 0, 0
+    now_obs, recent, episodes, begun, earlier = buffer(obs_dim)[:, 0], deque(maxlen=100), 0, 0, 0.0
     normalize = obs_rms.normalize if args.norm_obs else lambda x: x
     raw_obs, last_obs, reward = np.zeros((N, obs_dim)), np.zeros((N, obs_dim)), np.zeros(N)
-    # seeds of their own for all environments of all runs: seed, seed + 1, ... would share most of them between neighbours
-    for i, seed in enumerate(np.random.SeedSequence(args.seed).generate_state(N).tolist()):
-        raw_obs[i], _ = envs[i].reset(seed=seed)
-    run.check_finite(0, raw_obs)
-    if args.norm_obs:
-        obs_rms.update(raw_obs)
-    now_obs = normalize(raw_obs).astype(np.float32)
-    iterations = args.total_timesteps // (N * T)
-    start, seconds = time.perf_counter(), defaultdict(float)
+    iterations, seconds = args.total_timesteps // (N * T), defaultdict(float)
+    checkpoint_every = args.checkpoint_every or math.ceil(iterations / 20)
+    parts = dict(actor=actor, critic=critic, actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)
+    parts |= dict(return_rms=return_rms) | (dict(obs_rms=obs_rms) if args.norm_obs else {})
+    arrays = dict(now_obs=now_obs, discounted_return=discounted_return, episode_return=episode_return, episode_length=episode_length)
+    generators = dict(torch=torch.default_generator)
 
-    for iteration in range(iterations):
+    def state(iteration):
+        """All that the iterations to come depend on."""
+        saved = {name: part.state_dict() for name, part in parts.items()} | {"arrays": {k: torch.as_tensor(v) for k, v in arrays.items()}}
+        saved |= {"generators": {k: v.get_state() for k, v in generators.items()}, "envs": [env_state(env) for env in envs]}
+        saved |= {"iteration": iteration, "episodes": episodes, "recent": list(recent), "seconds": dict(seconds)}
+        return saved | {"wall": earlier + time.perf_counter() - start}
+
+    def reset(i, seed=None):
+        np.stack([envs[i].reset(seed=seed)[0]], out=raw_obs[i : i + 1])  # stack refuses other shapes
+
+    if checkpoint:
+        begun, episodes, earlier = (checkpoint[name] for name in ("iteration", "episodes", "wall"))
+        recent.extend(checkpoint["recent"])
+        seconds |= checkpoint["seconds"]
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        for name, generator in generators.items():
+            generator.set_state(checkpoint["generators"][name])
+    # seeds of their own for all environments of all runs: seed, seed + 1, ... would share most of them between neighbours
+    for i, seed in enumerate(np.random.SeedSequence([args.seed, begun] if begun else args.seed).generate_state(N).tolist()):
+        reset(i, seed)
+    run.check_finite(0, raw_obs)
+    if args.norm_obs and not checkpoint:
+        obs_rms.update(raw_obs)
+    now_obs[:] = normalize(raw_obs)
+    if checkpoint and checkpoint["envs"][0]:
+        for env, saved in zip(envs, checkpoint["envs"]):
+            restore_env(env, saved)
+        for name, array in arrays.items():
+            array[...] = checkpoint["arrays"][name].numpy()
+    elif begun:
+        print(f"note: {args.env_id} cannot be put back into the middle of an episode: its episodes begin anew", file=sys.stderr)
+    start = time.perf_counter()
+    if not checkpoint:
+        run.checkpoint(state(0))  # from now on a killed run can go on
+
+    for iteration in range(begun, iterations):
+        global_step = iteration * N * T
         if args.anneal_lr:
             left = 1 - iteration / iterations
             actor_optimizer.param_groups[0]["lr"] = left * args.actor_lr
@@ -479,31 +442,36 @@ def train(args: Args) -> Path:
             obs[:, t] = now_obs
             actions[:, t] = policy(now_obs) + noise[t]
             clipped = actions[:, t].reshape(N, *action_space.shape).clip(action_space.low, action_space.high)
+            if not np.isfinite(clipped).all():
+                run.stop(f"error: the policy has diverged, its actions are not finite (step {global_step}): lower --actor-lr")
             lap("inference")
-            for i, env in enumerate(envs):
-                last_obs[i], reward[i], terminated[i, t], truncated[i], _ = env.step(clipped[i])
-            done[:, t] = truncated | (terminated[:, t] > 0)
-            ended = np.flatnonzero(done[:, t])
-            raw_obs[:] = last_obs
-            for i in ended:  # last_obs keeps the true next observation
-                raw_obs[i], _ = envs[i].reset()
-            lap("env")
             global_step += N
+            try:
+                observed, reward[:], terminated[:, t], truncated[:], _ = zip(*(env.step(a) for env, a in zip(envs, clipped)))
+                np.stack(observed, out=last_obs)  # which refuses other shapes
+                raw_obs[:], done[:, t] = last_obs, truncated | (terminated[:, t] > 0)
+                ended = np.flatnonzero(done[:, t])
+                for i in ended:  # last_obs keeps the true next observation
+                    reset(i)
+            except Exception as problem:  # whatever a foreign environment raises
+                run.environment_failed(global_step, problem)
+            lap("env")
             run.check_finite(global_step, raw_obs, last_obs, reward[:, None])
             episode_return += reward
             episode_length += 1
-            discounted_return = args.gamma * discounted_return + reward
+            discounted_return *= args.gamma
+            discounted_return += reward
             if args.norm_obs:
                 obs_rms.update(raw_obs)
             rewards[:, t] = reward
             if args.norm_reward:
                 return_rms.update(discounted_return)
                 rewards[:, t] = np.clip(reward / np.sqrt(return_rms.var + 1e-8), -10, 10)
-            now_obs = normalize(raw_obs).astype(np.float32)
+            now_obs[:] = normalize(raw_obs)
             next_obs[:, t] = normalize(last_obs) if len(ended) else now_obs
             for i in ended:
-                run.episodes.write(f"{global_step},{float(episode_return[i])!r},{episode_length[i]}\n")
-                recent.append((episode_return[i], episode_length[i]))  # the last 100
+                recent.append((float(episode_return[i]), int(episode_length[i])))  # the last 100
+                run.write("episodes.csv", f"{global_step},{recent[-1][0]!r},{recent[-1][1]}")
                 episodes += 1
                 episode_return[i] = episode_length[i] = discounted_return[i] = 0
             lap("bookkeeping")
@@ -558,39 +526,56 @@ def train(args: Args) -> Path:
                     metrics["clip_fraction"].append(float(((ratio - 1).abs() > args.clip_coef).float().mean()))
                 lap("actor")
 
-        wall = time.perf_counter() - start
+        if args.eval_every:
+            due = (iteration + 1) % args.eval_every == 0
+            evaluated = evaluate(actor, obs_rms, args) if due else ([math.nan], [math.nan])
+            lap("evaluation")
+        wall = earlier + time.perf_counter() - start
         mean = lambda values: float(np.mean(values)) if len(values) else math.nan
         row = {"global_step": global_step, "wall_seconds": round(wall, 3), "sps": round(global_step / wall, 1)}
         row |= {"episodes": episodes, "return_100": mean([r for r, _ in recent]), "length_100": mean([n for _, n in recent])}
         row |= {"entropy": float(actor.entropy().detach()), "explained_variance": explained_variance}
         row |= {name: mean([x for x in values if math.isfinite(x)]) for name, values in metrics.items()}
         row |= {f"seconds_{phase}": round(spent, 5) for phase, spent in lap.seconds.items()}
+        if args.eval_every:
+            row |= {"eval_return": mean(evaluated[0]), "eval_length": mean(evaluated[1])}
         for phase, spent in lap.seconds.items():
             seconds[phase] += spent
         run.log(row)
+        if run.signal or (iteration + 1) % checkpoint_every == 0 or iteration + 1 == iterations:
+            run.checkpoint(state(iteration + 1))
+        if run.signal:
+            run.stop(f"stopped at step {global_step}", status=128 + run.signal)
 
     for env in envs:
         env.close()
     model = {"actor": actor.cpu().state_dict(), "critic": critic.cpu().state_dict(), "config": run.config}
-    if args.norm_obs:
-        model["obs_rms"] = {name: torch.as_tensor(value) for name, value in vars(obs_rms).items()}
-    torch.save(model, run.folder / "model.pt")
-    run.close()
+    run.save("model.pt", model | (dict(obs_rms=obs_rms.state_dict()) if args.norm_obs else {}))
     phases = ", ".join(f"{phase} {1e3 * spent / iterations:.0f}" for phase, spent in seconds.items())
-    print(f"{global_step:,} steps in {wall:.0f} s, {global_step / wall:.0f} SPS; ms per iteration: {phases}")
+    wall, steps = earlier + time.perf_counter() - start, iterations * N * T
+    print(f"{steps:,} steps in {wall:.0f} s, {steps / wall:.0f} SPS; ms per iteration: {phases}")
     if args.eval_episodes:
-        returns, lengths = evaluate(actor, obs_rms, args.env_id, args.eval_episodes, args.seed)
+        returns, lengths = evaluate(actor, obs_rms, args)
         rows = "".join(f"{r!r},{n}\n" for r, n in zip(returns.tolist(), lengths.tolist()))
-        (run.folder / "evaluation.csv").write_text("return,length\n" + rows)
-        print(f"evaluation, {args.eval_episodes} deterministic episodes: return {returns.mean():.1f} ± {returns.std():.1f}", end="")
-        print(f" ({returns.min():.1f} to {returns.max():.1f}), length {lengths.mean():.0f}")
+        run.save("evaluation.csv", "return,length\n" + rows)
+        print(summary(args, returns, lengths))
+    run.close()
     print(f"results in {run.folder}")
     return run.folder
 
 
+def main(argv: list[str] | None = None) -> Path | None:
+    args, checkpoint = parse_args(Args, __doc__, argv), None
+    if args.resume and not args.evaluate:
+        args, checkpoint = resumed(args)
+    check_args(args)
+    if args.evaluate:
+        return evaluate_run(args)
+    return train(args, checkpoint)
+
+
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", message=".*is out of date.*")  # the v4 environments of the published tables
-    args = parse_args()
-    check_args(args)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # outside of training Ctrl-C just ends
     gc.freeze()  # what the imports made will never be garbage: without this the collector goes through it again and again
-    train(args)
+    main()

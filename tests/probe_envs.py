@@ -1,5 +1,7 @@
 """Environments with known answers, and broken ones: `--env-id tests.probe_envs:ProbeOneStep-v0` from the repository root."""
 
+import time
+
 import gymnasium as gym
 import numpy as np
 
@@ -109,6 +111,38 @@ class BrokenEnd(Probe):
         return np.array([np.nan if self.t == self.steps and self.episodes > 30 else self.t], np.float32)
 
 
+class Raises(Broken):
+    """Raises after 200 steps."""
+
+    def observe(self):
+        if np.isnan(super().observe()).any():
+            raise RuntimeError("the robot\nfell off the table")
+        return np.array([self.t], np.float32)
+
+
+class Reshapes(Broken):
+    """Returns another shape after 200 steps, one that would broadcast."""
+
+    def observe(self):
+        return np.zeros((), np.float32) if np.isnan(super().observe()).any() else np.array([self.t], np.float32)
+
+
+class Hangs(Broken):
+    """Does not come back from a reset after 200 steps."""
+
+    def reset(self, **options):
+        if self.total > 200:
+            time.sleep(1000)
+        return super().reset(**options)
+
+
+class Lies(Probe):
+    """Its observations are not of the shape that it announces."""
+
+    def observe(self):
+        return np.zeros(2, np.float32)
+
+
 class Refuses(Probe):
     def __init__(self):
         raise RuntimeError("no licence\nfor this simulator")
@@ -125,5 +159,6 @@ class IntegerAction(Probe):
         self.action_space = gym.spaces.Box(0, 3, (2,), np.int64)
 
 
-for name, limit in dict(OneStep=None, TwoStep=None, Probe=None, Forever=5, Clock=None, Odd=None, Broken=None, BrokenEnd=None, Refuses=None, NoReset=None, IntegerAction=None).items():
-    gym.register(f"Probe{name}-v0", entry_point=globals()[name], max_episode_steps=limit)
+for env in (OneStep, TwoStep, Probe, Clock, Odd, Broken, BrokenEnd, Raises, Reshapes, Hangs, Lies, Refuses, NoReset, IntegerAction):
+    gym.register(f"Probe{env.__name__}-v0", entry_point=env)
+gym.register("ProbeForever-v0", entry_point=Forever, max_episode_steps=5)

@@ -23,6 +23,7 @@ import torch
 import blpo_continuous as blpo
 import plot
 import ppo_continuous as ppo
+import run_folder
 from nystrom import nystrom_ihvp
 
 ROOT = Path(__file__).parent.parent
@@ -49,9 +50,7 @@ def run(script, *flags, env=None, status=0):
 
 def train(script, tmp_path, *flags):
     """The script's own functions in this process, which saves the seconds of the imports; the run folder."""
-    args = script.parse_args([*map(str, flags), "--runs-dir", str(tmp_path)])
-    script.check_args(args)
-    return script.train(args)
+    return script.main([*map(str, flags), "--runs-dir", str(tmp_path)])
 
 
 def rows(path):
@@ -72,12 +71,12 @@ def load(script, folder):
 
 
 def test_shared_blocks_are_identical():
-    shared = "fail parse_args make_env make_envs RunningMeanStd layer_init mlp Actor numpy_policy Critic gae_matrix stacked_obs split_values gae "
-    shared += "critic_loss policy_loss flat flatten apply_gradient Stopwatch Run evaluate"
+    shared = "make_env make_envs RunningMeanStd layer_init mlp Actor numpy_policy Critic gae_matrix stacked_obs split_values gae "
+    shared += "critic_loss policy_loss flat flatten apply_gradient evaluate summary evaluate_run main"
     for name in shared.split():
         assert inspect.getsource(getattr(ppo, name)) == inspect.getsource(getattr(blpo, name)), name
     text = {script: inspect.getsource(script.train) for script in SCRIPTS}
-    for first, last in (("    run = Run(args)", "matrix = gae_matrix"), ("        wall = time", "    return run.folder")):
+    for first, last in (("    run = Run(args", "    generators ="), ("    def state(", "matrix = gae_matrix"), ("        if args.eval_every", "    return run.folder")):
         blocks = [source[source.index(first) : source.index(last)] for source in text.values()]
         assert blocks[0] == blocks[1] and len(blocks[0]) > 500
 
@@ -94,7 +93,7 @@ def test_what_only_blpo_has_is_marked():
 
 def test_every_flag_is_read_and_documented():
     for script in SCRIPTS:
-        source = Path(script.__file__).read_text()
+        source = Path(script.__file__).read_text() + Path(run_folder.__file__).read_text()
         for name in script.Args.__dataclass_fields__:
             assert re.search(rf"args\.{name}\b", source), name
             assert re.search(rf'    {name}: .*\n    """\S.+"""\n', source), name
@@ -109,7 +108,7 @@ def test_commands_in_the_readme_are_accepted(monkeypatch):
     assert len(commands) >= 6
     for script, flags in commands:
         script = dict(ppo=ppo, blpo=blpo)[script]
-        script.check_args(script.parse_args(shlex.split(flags)))
+        script.check_args(script.parse_args(script.Args, "", shlex.split(flags)))
 
 
 # The run folder
@@ -344,9 +343,7 @@ def test_other_spaces(script, env_id, tmp_path):
 
 def refused(script, capsys, *flags):
     with pytest.raises(SystemExit) as stop:
-        args = script.parse_args([*map(str, flags)])
-        script.check_args(args)
-        script.train(args)
+        script.main([*map(str, flags)])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
     return err
@@ -362,7 +359,7 @@ BAD = [
     (["--env-id", "tests.probe_envs:ProbeRefuses-v0"], "--env-id", "no licence for this simulator"),
     (["--total-timesteps", "100"], "--total-timesteps", "2048"),
     (["--num-minibatches", "7"], "--num-minibatches", "divide"),
-    (["--num-envs", "0"], "--num-envs", "at least 1"),
+    (["--num-envs", "0"], "--num-envs", "4,096"),
     (["--num-steps", "-5"], "--num-steps", "at least 1"),
     (["--num-minibatches", "0"], "--num-minibatches", "at least 1"),
     (["--update-epochs", "0"], "--update-epochs", "at least 1"),
@@ -376,7 +373,7 @@ BAD = [
     (["--gamma", "1.1"], "--gamma", "[0, 1]"),
     (["--gae-lambda", "nan"], "--gae-lambda", "[0, 1]"),
     (["--ent-coef", "-1"], "--ent-coef", "positive"),
-    (["--eval-episodes", "-1"], "--eval-episodes", "positive"),
+    (["--eval-episodes", "-1"], "--eval-episodes", "10,000"),
     (["--seed", "-1"], "--seed", "2^31"),
     (["--nosuchflag", "3"], "--nosuchflag", ""),
     (["--exp-name", "x" * 300], "--exp-name", "100"),

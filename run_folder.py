@@ -1,0 +1,354 @@
+"""What every training script here does beside training: command line, run folder, checkpoints, interruptions.
+
+A run folder is worth more than the process that writes it. Rows are on disk as soon as they are measured; other files appear
+whole or not at all; a checkpoint holds all that the rest of the run depends on, the environments in the middle of their
+episodes included, so that a run that was killed and resumed writes the same bytes as one that was not. There is no learning
+in this file: blpo_continuous.py and ppo_continuous.py read without it.
+"""
+
+import contextlib
+import difflib
+import fcntl
+import importlib
+import importlib.metadata
+import inspect
+import io
+import itertools
+import json
+import os
+import platform
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+
+
+# The command line: whatever is wrong is said in one line that names the flag and the fix, exit status 2
+
+
+def fail(message: str, status: int = 2):
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def parse_args(Args, description: str, argv: list[str] | None = None):
+    """The command line as Args; tyro's boxed complaints become one line."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(Args, args=argv, description=description)
+    except SystemExit as stop:
+        if stop.code:
+            _title, *body = [line.strip("│╭╮╰╯─ ") for line in complaint.getvalue().splitlines()]
+            fail(" ".join(itertools.takewhile(bool, body)) + " (--help lists all flags)")
+        raise
+
+
+def require(args, must: str, ok, *flags: str) -> None:
+    """Every one of the flags must satisfy ok; must says what that means."""
+    for flag in flags:
+        if not ok(getattr(args, flag)):
+            fail(f"--{flag.replace('_', '-')} must {must}, got {getattr(args, flag)!r}")
+
+
+def check_places(env_id: str, runs_dir: str) -> None:
+    """The environment is registered, the folder of runs can be written."""
+    module, _, name = env_id.rpartition(":")
+    try:
+        if module:
+            importlib.import_module(module)
+        gym.spec(name)
+    except Exception as problem:  # a foreign module may raise anything
+        close = difflib.get_close_matches(name, gym.registry, n=3)
+        fail(f"--env-id {env_id}: {problem}" + f" Close: {', '.join(close)}." * bool(close))
+    if name == "Pusher-v4":
+        fail("--env-id Pusher-v4 does not work with mujoco >= 3: use Pusher-v5")
+    try:
+        os.makedirs(runs_dir, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=runs_dir).cleanup()
+    except OSError as problem:
+        fail(f"--runs-dir {runs_dir} is not writable ({problem.strerror}): name another folder")
+
+
+# The state of an environment
+
+
+def wrappers(env: gym.Env) -> list[gym.Env]:
+    """Outermost first, the environment itself last."""
+    return [env] if env is env.unwrapped else [env, *wrappers(env.env)]
+
+
+def pack(value):
+    """NumPy's values as tensors, which torch.load reads without running foreign code; None for what is not plain data."""
+    if isinstance(value, tuple):
+        return tuple(map(pack, value))
+    if isinstance(value, (np.ndarray, np.generic)):
+        return torch.from_numpy(np.array(value))
+    return value if isinstance(value, (bool, int, float, str)) else None
+
+
+def unpack(value):
+    if isinstance(value, tuple):
+        return tuple(map(unpack, value))
+    return value.numpy()[()] if isinstance(value, torch.Tensor) else value
+
+
+def env_state(env: gym.Env) -> dict | None:
+    """All that a MuJoCo or classic-control environment of Gymnasium remembers: plain attributes of its own and of its
+    wrappers, its random generator, MuJoCo's arrays. None for other environments, which may remember more."""
+    core = env.unwrapped
+    if not type(core).__module__.startswith(("gymnasium.envs.mujoco.", "gymnasium.envs.classic_control.")):
+        return None
+    layers = [{k: pack(v) for k, v in vars(layer).items()} for layer in wrappers(env)]
+    state = {"random": core.np_random.bit_generator.state}
+    state["layers"] = [{k: v for k, v in layer.items() if v is not None} for layer in layers]
+    if data := getattr(core, "data", None):
+        state["arrays"] = {name: pack(a) for name in dir(data) if isinstance(a := getattr(data, name), np.ndarray)}
+        state["time"] = data.time
+    return state
+
+
+def restore_env(env: gym.Env, state: dict) -> None:
+    """Puts env, which has been reset, into a state that env_state returned."""
+    core = env.unwrapped
+    core.np_random.bit_generator.state = state["random"]
+    for layer, values in zip(wrappers(env), state["layers"]):
+        vars(layer).update({k: unpack(v) for k, v in values.items()})
+    if "arrays" in state:
+        core.data.time = state["time"]
+        for name, value in state["arrays"].items():
+            if (array := getattr(core.data, name)).shape == value.shape:  # those of contacts vary; every step recomputes them
+                array[...] = value.numpy()
+
+
+# The run folder
+
+
+class Stopwatch:
+    """Adds the time since its last call to the phase named."""
+
+    def __init__(self):
+        self.seconds, self.last = defaultdict(float), time.perf_counter()
+
+    def __call__(self, phase: str):
+        now = time.perf_counter()
+        self.seconds[phase] += now - self.last
+        self.last = now
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("torch", "gymnasium", "mujoco", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def script_of(args) -> Path:
+    """The file that defines the class of args: the training script."""
+    return Path(inspect.getfile(type(args)))
+
+
+class Run:
+    """The run folder of args, a new one or, with a checkpoint, the one to go on with (args.resume); one process writes it."""
+
+    def __init__(self, args, checkpoint: dict | None = None):
+        self.total, self.wandb, self.last_line, self.signal = args.total_timesteps, None, 0.0, None
+        self.files, self.lines, self.handlers, self.bar = {}, {}, {}, None
+        if checkpoint:
+            self.folder, self.config = Path(args.resume), checkpoint["config"]
+        else:
+            stem = re.sub(r"[^\w.-]+", "-", f"{args.env_id}__{args.exp_name}__{args.seed}", flags=re.ASCII)
+            for born in itertools.count(int(time.time())):  # the next free second: runs may start at the same time
+                with contextlib.suppress(FileExistsError):
+                    (folder := Path(args.runs_dir) / f"{stem}__{born}").mkdir()
+                    break
+            self.folder, self.config = folder, {"script": script_of(args).name, "flags": asdict(args), "versions": versions()}
+            with contextlib.suppress(OSError):  # no git here
+                git = ["git", "-C", script_of(args).resolve().parent, "rev-parse", "HEAD"]
+                self.config["versions"]["git_commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+            self.save("config.json", json.dumps(self.config, indent=2) + "\n")
+        with self.storing():
+            for name in ("episodes.csv", "progress.csv"):
+                self.files[name] = open(self.folder / name, "a", buffering=1)  # flushed at every line
+                self.lines[name] = checkpoint["lines"][name] if checkpoint else 0
+                self.lock_and_truncate(name)
+        if not checkpoint:
+            self.write("episodes.csv", "global_step,return,length")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not in the main thread
+                self.handlers[number] = signal.signal(number, self.on_signal)
+        self.bar = tqdm(total=self.total, unit="step", file=sys.stdout) if sys.stdout.isatty() else None
+        if args.track:
+            with self.broadcast():
+                import wandb
+
+                name = self.folder.name
+                self.wandb = wandb.init(name=name, id=name, resume="allow", config=self.config, dir=self.folder)
+
+    def lock_and_truncate(self, name: str):
+        """Forgets rows after the checkpoint, which will be measured again, but not under the hands of another process."""
+        try:
+            fcntl.flock(self.files[name], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"--resume {self.folder}: another process is writing this run: wait for it or stop it")
+        lines = [line for line in (self.folder / name).read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        if len(lines) < self.lines[name]:
+            fail(f"--resume {self.folder}: {name} has lost rows that the checkpoint counts on: start a new run")
+        self.files[name].truncate(sum(map(len, lines[: self.lines[name]])))
+
+    def on_signal(self, number, _frame):
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        self.signal = number
+        os.write(2, b"\nstopping after this iteration; once more to stop at once\n")
+
+    @contextlib.contextmanager
+    def storing(self):
+        try:
+            yield
+        except OSError as problem:  # disk full, folder deleted, ...
+            self.stop(f"error: cannot write to {self.folder}: {problem.strerror}")
+
+    @contextlib.contextmanager
+    def broadcast(self):
+        """Training is worth more than its broadcast: whatever wandb raises, say so and go on without it."""
+        try:
+            yield
+        except Exception as problem:
+            print(f"wandb is off: {problem}", file=sys.stderr)
+            self.wandb = None
+
+    def write(self, name: str, line: str):
+        with self.storing():
+            self.files[name].write(line + "\n")
+        self.lines[name] += 1
+
+    def log(self, row: dict):
+        """A row of progress.csv, of wandb and of the terminal."""
+        with self.storing():
+            os.stat(self.folder / "progress.csv")  # the open file would not notice that the folder was deleted
+        if not self.lines["progress.csv"]:
+            self.write("progress.csv", ",".join(row))
+        self.write("progress.csv", ",".join(map(str, row.values())))
+        if self.wandb:
+            with self.broadcast():
+                self.wandb.log(row, step=row["global_step"])
+        step, shown = row["global_step"], f"SPS {row['sps']:.0f}  return {row['return_100']:.1f}  KL {row['approx_kl']:.4f}"
+        if self.bar is not None:
+            self.bar.set_postfix_str(shown, refresh=False)
+            self.bar.update(step - self.bar.n)
+        elif time.time() - self.last_line > 5:
+            self.last_line = time.time()
+            print(f"step {step:>9,} of {self.total:,}  {shown}", flush=True)
+
+    def save(self, name: str, content: str | dict):
+        """Writes a file under a temporary name first, so that name is whole at any moment, whatever happens."""
+        data = io.BytesIO(content.encode() if isinstance(content, str) else b"")
+        if isinstance(content, dict):
+            torch.save(content, data)
+        path, temporary = self.folder / name, self.folder / f"{name}.tmp"
+        with self.storing(), contextlib.ExitStack() as cleanup:
+            cleanup.callback(temporary.unlink, missing_ok=True)
+            with open(temporary, "wb") as file:
+                file.write(data.getvalue())
+                file.flush()
+                os.fsync(file.fileno())
+            if name == CHECKPOINT and path.exists():
+                os.replace(path, self.folder / PREVIOUS)
+            os.replace(temporary, path)
+
+    def checkpoint(self, state: dict):
+        """Saves state, and how many lines of the csv files, which are brought to disk first, belong to it."""
+        with self.storing():
+            for file in self.files.values():
+                os.fsync(file.fileno())
+        self.save(CHECKPOINT, state | {"config": self.config, "lines": self.lines})
+
+    def check_finite(self, step: int, *arrays):  # each (N, ...)
+        if not all(np.isfinite(array).all() for array in arrays):
+            bad = np.argmin(np.isfinite(np.concatenate(arrays, axis=1)).all(1))
+            what = f"{self.config['flags']['env_id']} returned a non-finite observation or reward (environment {bad}, step {step})"
+            self.stop(f"error: {what}; what was measured until then is in {self.folder}")
+
+    def environment_failed(self, step: int, problem: Exception):
+        with self.storing():
+            (self.folder / "error.txt").write_text(traceback.format_exc())
+        what = f"{self.config['flags']['env_id']} failed at step {step}: {type(problem).__name__}: {problem}"
+        self.stop(f"error: {what} (traceback in {self.folder / 'error.txt'})")
+
+    def stop(self, message: str, status: int = 1):
+        """Ends the process with one line, which says how to go on."""
+        self.close()
+        if (self.folder / CHECKPOINT).exists():
+            message += f"; go on from the last checkpoint: python {self.config['script']} --resume {shlex.quote(str(self.folder))}"
+        print(" ".join(message.split()), file=sys.stderr)
+        raise SystemExit(status)
+
+    def close(self):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        for file in self.files.values():
+            with contextlib.suppress(OSError):  # of a full disk, which has been reported
+                file.close()
+        if self.bar is not None:
+            self.bar.close()
+        if self.wandb:
+            with self.broadcast():
+                self.wandb.finish()
+
+
+# Going on with a run
+
+
+def load(flag: str, args, *names: str) -> tuple[dict, Path]:
+    """What a run of args's script saved in the folder that flag names, under the first of names that is there, or in a file
+    that flag names, and the folder. Damaged or foreign files are refused, and never executed. "args" are the run's flags."""
+    place = Path(getattr(args, flag.lstrip("-")))
+    path = place if place.is_file() else next((place / name for name in names if (place / name).exists()), place / names[-1])
+    folder = path.parent
+    older = folder / PREVIOUS
+    hint = f"; the one before it: {flag} {shlex.quote(str(older))}" if older.exists() and path.name == CHECKPOINT else ""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        config, own = json.loads((folder / "config.json").read_text()), saved["config"]
+        script, flags, then = own["script"], own["flags"], own["versions"]
+    except FileNotFoundError as missing:
+        fail(f"{flag} {folder} has no {Path(missing.filename).name}: name the folder of a run")
+    except Exception as problem:  # a torn zip file, other contents, an unreadable disk, ...
+        fail(f"{flag} {folder}: {path.name} is damaged or no checkpoint ({str(problem)[:60]}){hint}")
+    if script != script_of(args).name:
+        fail(f"{flag} {folder} is a run of {script}: use that script")
+    if config != own:
+        fail(f"{flag} {folder}: {path.name} is of another run ({flags.get('env_id')}, seed {flags.get('seed')}){hint}")
+    try:
+        saved["args"] = type(args)(**flags)
+    except TypeError:
+        fail(f"{flag} {folder} was begun by a version with other flags: check out commit {then.get('git_commit')}")
+    if changed := [f"{name} {then.get(name)} (now {now})" for name, now in versions().items() if now != then.get(name)]:
+        print(f"note: {folder} was begun with {', '.join(changed)}; last digits may differ", file=sys.stderr)
+    return saved, folder
+
+
+def resumed(args):
+    """The flags and the checkpoint of the run to go on with: --resume is its folder, or one of its checkpoints."""
+    checkpoint, folder = load("--resume", args, CHECKPOINT, PREVIOUS)
+    own, default = asdict(checkpoint["args"]), asdict(type(args)())
+    for name, value in asdict(args).items():
+        if name != "resume" and value not in (default[name], own[name]):
+            fail(f"--{name.replace('_', '-')} cannot change on the way: --resume goes on with the flags of the run, drop it")
+    return type(args)(**own | {"resume": str(folder), "runs_dir": str(folder.parent)}), checkpoint

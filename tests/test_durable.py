@@ -1,0 +1,451 @@
+"""Nothing is lost: kills, signals, full disks, damaged files, broken environments, odd command lines."""
+
+import ctypes.util
+import json
+import math
+import os
+import random
+import shlex
+import shutil
+import signal
+import string
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import gymnasium as gym
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+
+import blpo_continuous as blpo
+import ppo_continuous as ppo
+import run_folder
+from tests.test_scripts import ROOT, SCRIPTS, TINY, refused, rows, run, start, train
+
+SMALL = [*TINY, "--env-id", "Hopper-v4", "--total-timesteps", 1280, "--checkpoint-every", 3]  # 20 iterations
+
+
+def contents(folder):
+    """All that a run has measured and learned, times apart."""
+    progress = (folder / "progress.csv").read_text()
+    assert progress.endswith("\n")
+    table = [line.split(",") for line in progress.splitlines()]
+    keep = [i for i, name in enumerate(table[0]) if not (name == "sps" or "seconds" in name)]
+    model = torch.load(folder / "model.pt", weights_only=True)
+    weights = {f"{net}.{k}": v.tolist() for net in ("actor", "critic", "obs_rms") for k, v in model[net].items()}
+    files = [(folder / name).read_text() for name in ("episodes.csv", "evaluation.csv")]
+    return [[row[i] for i in keep] for row in table], files, weights
+
+
+def only(tmp_path):
+    (folder,) = (path.parent for path in tmp_path.glob("*/config.json"))
+    return folder
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+# Checkpoints and resume
+
+
+CONTROL = [
+    name
+    for name, spec in gym.registry.items()
+    if str(spec.entry_point).startswith(("gymnasium.envs.mujoco", "gymnasium.envs.classic_control")) and name not in ("Pusher-v4", "CartPole-v0")
+]
+
+
+@pytest.mark.parametrize("env_id", CONTROL)
+def test_an_environment_goes_on_where_it_was(env_id, tmp_path):
+    """In another process it would be another object: saved, loaded and restored, it returns the same bytes, resets included."""
+
+    def play(env, actions):
+        seen = []
+        for action in actions:
+            obs, reward, terminated, truncated, _ = env.step(action)
+            seen.append((np.asarray(obs).tobytes(), float(reward), terminated, truncated))
+            if terminated or truncated:
+                seen.append(np.asarray(env.reset()[0]).tobytes())
+        return seen
+
+    first, second = (gym.make(env_id, disable_env_checker=True) for _ in range(2))
+    first.reset(seed=1), second.reset(seed=2)
+    first.action_space.seed(0)
+    actions = [first.action_space.sample() for _ in range(500)]
+    play(first, actions[:137])
+    torch.save(run_folder.env_state(first), tmp_path / "state")
+    run_folder.restore_env(second, torch.load(tmp_path / "state", weights_only=True))
+    assert play(first, actions[137:]) == play(second, actions[137:])
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+@pytest.fixture(scope="module", params=SCRIPTS, ids=lambda script: script.__name__)
+def reference(request, tmp_path_factory):
+    return request.param, contents(train(request.param, tmp_path_factory.mktemp("reference"), *SMALL))
+
+
+def interrupted(script, tmp_path, monkeypatch, iteration, *flags):
+    """A run that dies in the middle of an iteration, having written half a row; its folder."""
+
+    def log(self, row):
+        if row["global_step"] > 64 * iteration:
+            self.files["progress.csv"].write("7,7")
+            self.close()  # as the kernel would
+            raise Killed
+        original(self, row)
+
+    original = run_folder.Run.log
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(run_folder.Run, "log", log)
+        script.main([*map(str, flags), "--runs-dir", str(tmp_path)])
+    return only(tmp_path)
+
+
+@pytest.mark.parametrize("iteration", [0, 2, 3, 7, 18, 19])
+def test_resume_is_byte_identical(reference, iteration, tmp_path, monkeypatch):
+    script, expected = reference
+    folder = interrupted(script, tmp_path, monkeypatch, iteration, *SMALL)
+    assert script.main(["--resume", str(folder)]) == folder
+    assert contents(folder) == expected
+    assert len(list(tmp_path.iterdir())) == 1  # in place
+    assert script.main(["--resume", str(folder)]) == folder  # a finished run stays as it is
+    assert contents(folder) == expected
+
+
+@pytest.mark.parametrize("flags", [["--env-id", "Pendulum-v1", "--no-norm-obs"], ["--env-id", "MountainCarContinuous-v0", "--track"]])
+def test_resume_of_other_environments_and_with_wandb(flags, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    flags = [*TINY, "--total-timesteps", 896, "--checkpoint-every", 3, "--nystrom-sketch", "gaussian", *flags]
+    read = lambda folder: ((folder / "episodes.csv").read_text(), [row["approx_kl"] for row in rows(folder / "progress.csv")])
+    expected = read(train(blpo, tmp_path / "reference", *flags))
+    folder = interrupted(blpo, tmp_path / "killed", monkeypatch, 8, *flags)
+    assert read(blpo.main(["--resume", str(folder)])) == expected
+
+
+def test_resume_of_an_environment_whose_state_is_unknown(tmp_path, monkeypatch, capsys):
+    flags = [*TINY, "--env-id", "tests.probe_envs:ProbeTwoStep-v0", "--total-timesteps", 640, "--checkpoint-every", 3]
+    folder = interrupted(ppo, tmp_path, monkeypatch, 7, *flags)
+    ppo.main(["--resume", str(folder)])
+    assert capsys.readouterr().err.count("its episodes begin anew") == 1
+    assert [row["global_step"] for row in rows(folder / "progress.csv")] == [64 * (i + 1) for i in range(10)]
+    assert all(row["length"] == 2 for row in rows(folder / "episodes.csv"))
+
+
+KILLS = int(os.environ.get("KILLS", 4))
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:] if KILLS < 10 else SCRIPTS)
+def test_kills_at_random_moments(script, tmp_path):
+    """SIGKILL at any moment of the process's life, imports included; KILLS=50 for the long version."""
+    flags = [*TINY, "--env-id", "Hopper-v4", "--total-timesteps", 12_800, "--checkpoint-every", 2]
+    expected = contents(train(script, tmp_path / "reference", *flags))
+    runs, moments, kills = tmp_path / "runs", random.Random(KILLS), 0
+    while kills < KILLS:
+        alive = list(runs.glob("*/checkpoint*.pt"))
+        process = start(script, *(["--resume", alive[0].parent] if alive else [*flags, "--runs-dir", runs]))
+        try:
+            process.wait(moments.uniform(1.0, 4.0))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            kills += 1
+        assert process.wait() in (0, -signal.SIGKILL), process.communicate()
+        if process.returncode == 0:  # finished before its kill: back to the middle, to be killed again
+            shutil.rmtree(runs)
+    if not (alive := list(runs.glob("*/checkpoint*.pt"))):
+        run(script, *flags, "--runs-dir", runs)
+    else:
+        run(script, "--resume", alive[0].parent)
+    (folder,) = (path.parent for path in runs.glob("*/model.pt"))
+    assert contents(folder) == expected
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_finish_the_iteration(number, status, tmp_path):
+    flags = [*TINY, "--env-id", "Hopper-v4", "--total-timesteps", 6_400, "--checkpoint-every", 10_000]
+    expected = contents(train(ppo, tmp_path / "reference", *flags))
+    process = start(ppo, *flags, "--runs-dir", tmp_path / "runs")
+    wait_for(lambda: any(len(path.read_text().splitlines()) > 8 for path in tmp_path.glob("runs/*/progress.csv")), process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status and "Traceback" not in err
+    line = err.splitlines()[-1]
+    assert line.startswith("stopped at step")
+    again = subprocess.run([sys.executable, *shlex.split(line.split(": python ")[1])], cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert contents(only(tmp_path / "runs")) == expected
+
+
+def test_evaluations_leave_training_untouched(reference, tmp_path):
+    script, (table, episodes, weights) = reference
+    folder = train(script, tmp_path, *SMALL, "--eval-every", 4)
+    more, same_episodes, same_weights = contents(folder)
+    assert (same_episodes, same_weights) == (episodes, weights)
+    assert [row[: len(table[0])] for row in more] == table and more[0][len(table[0]) :] == ["eval_return", "eval_length"]
+    evaluated = [row["eval_return"] for row in rows(folder / "progress.csv")]
+    assert [i + 1 for i, value in enumerate(evaluated) if math.isfinite(value)] == [4, 8, 12, 16, 20]
+    assert evaluated[-1] == rows(folder / "evaluation.csv")[0]["return"]
+
+
+# Evaluate
+
+
+def test_evaluate(reference, tmp_path, capsys, monkeypatch):
+    script, _ = reference
+    folder = train(script, tmp_path, *SMALL)
+    before = contents(folder)
+    capsys.readouterr()
+
+    def evaluate(*flags):
+        script.main(["--evaluate", str(folder), *map(str, flags)])
+        return capsys.readouterr().out
+
+    out = evaluate("--eval-episodes", 1)
+    assert "1 deterministic episodes" in out and f"return {rows(folder / 'evaluation.csv')[0]['return']:.1f} ±" in out and "length" in out
+    assert evaluate("--eval-episodes", 5) == evaluate("--eval-episodes", 5) != evaluate("--eval-episodes", 5, "--seed", 9)
+    assert "5 stochastic episodes" in (noisy := evaluate("--eval-episodes", 5, "--eval-stochastic"))
+    assert noisy.split("return")[1] != evaluate("--eval-episodes", 5).split("return")[1]
+    assert contents(folder) == before
+    (folder / "model.pt").unlink()
+    assert evaluate("--eval-episodes", 1) == out  # from the last checkpoint
+
+
+def test_video(tmp_path, capsys):
+    if sys.platform == "linux" and not any(map(ctypes.util.find_library, ("EGL", "OSMesa"))):
+        pytest.skip("neither EGL nor OSMesa is installed")
+    folder = train(blpo, tmp_path, *TINY, "--env-id", "InvertedPendulum-v4", "--total-timesteps", 64)
+    env = {"MUJOCO_GL": ""} if "MUJOCO_GL" not in os.environ else {}
+    environment = {k: v for k, v in (os.environ | env).items() if v}
+    out = subprocess.run(
+        [sys.executable, f"{ROOT}/blpo_continuous.py", "--evaluate", folder, "--capture-video", "--eval-episodes", "4"],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert out.returncode == 0, out.stderr
+    videos = sorted((folder / "videos").glob("*.mp4"))
+    assert len(videos) == 3 and all(path.read_bytes()[4:8] == b"ftyp" for path in videos) and str(folder / "videos") in out.stdout
+
+
+# Bad days
+
+
+def test_disk_full(tmp_path):
+    """A tmpfs too small for the run: it stops in one line, the last checkpoint loads, and with more room it ends as ever."""
+    script = f"""
+        mount -t tmpfs -o size=700k none {tmp_path}/disk || exit 77
+        {sys.executable} {ROOT}/ppo_continuous.py {' '.join(map(str, SMALL))} --runs-dir {tmp_path}/disk
+        echo status $?
+        mount -o remount,size=10m {tmp_path}/disk
+        {sys.executable} {ROOT}/ppo_continuous.py --resume {tmp_path}/disk/* && cp -r {tmp_path}/disk {tmp_path}/saved
+    """
+    (tmp_path / "disk").mkdir()
+    unshare = ["unshare", "-rm", "sh", "-c", script]
+    if not shutil.which("unshare") or (done := subprocess.run(unshare, capture_output=True, text=True)).returncode == 77:
+        pytest.skip("no private tmpfs here")
+    assert done.returncode == 0 and "status 1" in done.stdout, done.stderr
+    assert "cannot write" in done.stderr and "No space left on device" in done.stderr and "--resume" in done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert contents(only(tmp_path / "saved")) == contents(train(ppo, tmp_path / "reference", *SMALL))
+
+
+def test_quota(tmp_path):
+    """A limit on the size of files stands for a quota: progress.csv cannot grow, its torn row is measured again."""
+    limited = f"ulimit -f 90; exec {sys.executable} {ROOT}/ppo_continuous.py {' '.join(map(str, TINY))} --env-id Pendulum-v1"
+    limited += f" --total-timesteps 200000 --checkpoint-every 50 --hidden-size 4 --runs-dir {tmp_path}"
+    done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True)
+    assert done.returncode == 1 and "cannot write" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert torch.load(only(tmp_path) / "checkpoint.pt", weights_only=True)["iteration"] > 0
+
+
+def test_damaged_checkpoint(reference, tmp_path, monkeypatch, capsys):
+    script, expected = reference
+    folder = interrupted(script, tmp_path, monkeypatch, 11, *SMALL)
+    checkpoint = folder / "checkpoint.pt"
+    whole = checkpoint.read_bytes()
+    for data in (whole[: len(whole) // 2], whole[:-1], b"", b"\0" * 1000, whole[:5000] + bytes(1000) + whole[6000:]):
+        checkpoint.write_bytes(data)
+        err = refused(script, capsys, "--resume", folder)
+        assert "checkpoint.pt is damaged" in err and "checkpoint.previous.pt" in err
+    older = shlex.split(err.split("the one before it: ")[1])
+    assert contents(script.main(older)) == expected
+    checkpoint.unlink()  # killed between the two renames
+    (folder / "checkpoint.previous.pt").write_bytes(whole)
+    assert contents(script.main(["--resume", str(folder)])) == expected
+
+
+def test_checkpoints_of_others(tmp_path, monkeypatch, capsys):
+    folder = interrupted(ppo, tmp_path / "a", monkeypatch, 7, *SMALL)
+    other = interrupted(ppo, tmp_path / "b", monkeypatch, 7, *SMALL[:-5], "Walker2d-v4", *SMALL[-4:])
+    assert "use that script" in refused(blpo, capsys, "--resume", folder)
+    assert "use that script" in refused(blpo, capsys, "--evaluate", folder)
+    assert "--gamma cannot change" in refused(ppo, capsys, "--resume", folder, "--gamma", 0.9)
+    assert "no checkpoint.pt" in refused(ppo, capsys, "--evaluate", tmp_path)
+    assert "--resume" in refused(ppo, capsys, "--resume", tmp_path / "nowhere")
+    assert "--evaluate" in refused(ppo, capsys, "--resume", folder, "--evaluate", folder)
+    assert "--capture-video" in refused(ppo, capsys, "--capture-video")
+    assert "--eval-episodes" in refused(ppo, capsys, "--evaluate", folder, "--eval-episodes", 0)
+    config, checkpoint, pair = folder / "config.json", folder / "checkpoint.pt", [path.read_bytes() for path in folder.glob("checkpoint.pt")]
+    shutil.copy(other / "checkpoint.pt", checkpoint)
+    assert "another run (Walker2d-v4" in refused(ppo, capsys, "--resume", folder)
+    checkpoint.write_bytes(pair[0])
+
+    def rewrite(change):
+        saved = torch.load(checkpoint, weights_only=True)
+        change(saved)
+        torch.save(saved, checkpoint)
+        config.write_text(json.dumps(saved["config"]))
+
+    rewrite(lambda saved: saved["config"]["versions"].update(torch="1.0"))
+    ppo.main(["--resume", str(folder)])
+    assert "note: " in (err := capsys.readouterr().err) and "torch 1.0 (now 2.13.0" in err and err.count("\n") == 1
+    rewrite(lambda saved: saved["config"]["flags"].update(renamed_flag=1))
+    assert "other flags" in refused(ppo, capsys, "--resume", folder)
+    config.unlink()
+    assert "no config.json" in refused(ppo, capsys, "--resume", folder)
+    (other / "episodes.csv").write_text("global_step,return,length\n")
+    assert "lost rows" in refused(ppo, capsys, "--resume", other)
+
+
+def test_a_foreign_checkpoint_is_not_executed(tmp_path, capsys):
+    class Payload:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/executed",)
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    torch.save({"config": Payload()}, tmp_path / "run" / "checkpoint.pt")
+    for flag in ("--resume", "--evaluate"):
+        assert "damaged or no checkpoint" in refused(ppo, capsys, flag, tmp_path / "run")
+    assert not (tmp_path / "executed").exists()
+    for path in ROOT.glob("*.py"):
+        text = path.read_text()
+        assert text.count("torch.load(") == text.count("weights_only=True)") and "pickle" not in text
+
+
+def test_run_folder_deleted_meanwhile(tmp_path):
+    process = start(ppo, *TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 10**7, "--runs-dir", tmp_path)
+    wait_for(lambda: any(path.stat().st_size > 1000 for path in tmp_path.glob("*/progress.csv")), process)
+    shutil.rmtree(only(tmp_path))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "cannot write" in err and "No such file" in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("name, what", [("Raises", "RuntimeError: the robot fell off the table"), ("Reshapes", "ValueError")])
+def test_failing_environment(name, what, tmp_path):
+    flags = [*TINY, "--env-id", f"tests.probe_envs:Probe{name}-v0", "--total-timesteps", 10_000, "--checkpoint-every", 2, "--runs-dir", tmp_path]
+    out, err = run(blpo, *flags, status=1, env={"PYTHONPATH": str(ROOT)})
+    folder = only(tmp_path)
+    assert err.count("\n") == 1 and what in err and f"Probe{name}-v0 failed at step" in err and "--resume" in err, err
+    assert "Traceback" in (folder / "error.txt").read_text()
+    step = int(err.split("failed at step ")[1].split(":")[0])
+    assert step - 64 <= rows(folder / "progress.csv")[-1]["global_step"] < step and rows(folder / "episodes.csv")
+
+
+def test_hanging_environment_can_be_stopped(tmp_path):
+    flags = [*TINY, "--env-id", "tests.probe_envs:ProbeHangs-v0", "--total-timesteps", 10_000, "--checkpoint-every", 2, "--runs-dir", tmp_path]
+    process = start(ppo, *flags, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    wait_for(lambda: any(len(path.read_text().splitlines()) > 10 for path in tmp_path.glob("*/progress.csv")), process)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGINT and "once more to stop at once" in err and "Traceback" not in err
+    assert torch.load(only(tmp_path) / "checkpoint.pt", weights_only=True)["iteration"] >= 8
+
+
+def test_two_processes_cannot_write_one_run(tmp_path, capsys, monkeypatch):
+    process = start(ppo, *TINY, "--env-id", "Hopper-v4", "--total-timesteps", 10**7, "--runs-dir", tmp_path)
+    wait_for(lambda: any(path.stat().st_size > 1000 for path in tmp_path.glob("*/progress.csv")), process)
+    folder = only(tmp_path)
+    assert "another process" in refused(ppo, capsys, "--resume", folder)
+    process.kill()
+    process.wait()
+    first, second = (start(ppo, "--resume", folder) for _ in range(2))
+    wait_for(lambda: None not in (first.poll(), second.poll()) or 2 in (first.poll(), second.poll()), first if first.poll() is None else second)
+    codes = {first.poll(), second.poll()}
+    for process in (first, second):
+        process.kill()
+        process.communicate()
+    assert codes == {None, 2}
+
+
+# Any command line: training starts, or one line names the flag
+
+
+CASES = int(os.environ.get("CASES", 50))
+NUMBERS = [0, 1, -1, 2, 7, 64, 10**6, -(10**9), 2**31, 2**63, 10**30]
+INTEGERS = st.one_of(st.sampled_from(NUMBERS), st.integers(-3, 40)).map(str)
+FLOATS = st.one_of(st.sampled_from("0 1 -1 0.5 1e-30 1e30 1e308 nan inf -inf 1e-3".split()), st.floats(0, 1).map(repr))
+TEXT = st.one_of(st.sampled_from(["", "a b", "../../x", "$(id)", "'", "-x", "\u00e9\u2603", "x" * 200]), st.text(string.printable, max_size=12))
+LENGTHS = ("update_epochs", "nested_critic_steps", "total_timesteps", "cg_iters", "eval_episodes", "num_envs", "num_steps", "hidden_size")
+
+
+def flag_values(script):
+    """A strategy for some flags of the script and values of about their types."""
+    values = {}
+    for name, field in script.Args.__dataclass_fields__.items():
+        if name in ("cuda", "track", "capture_video", "runs_dir"):
+            continue
+        typed = {int: INTEGERS, float: FLOATS, bool: st.none(), str: TEXT}.get(field.type, st.sampled_from(getattr(field.type, "__args__", ("",))))
+        values[name] = st.one_of(typed, typed, typed, INTEGERS, FLOATS, TEXT) if field.type is not bool else typed
+    values["env_id"] = st.one_of(st.sampled_from(["Pendulum-v1", "Hopper-v4", "CartPole-v1", "Pendulum-v1:", ":", "a:b:c"]), TEXT)
+    return st.lists(st.sampled_from(sorted(values)).flatmap(lambda name: st.tuples(st.just(name), values[name])), max_size=5)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_any_command_line_trains_or_names_the_flag(script, tmp_path, capsys, monkeypatch):
+    """CASES=500 for the long version. What would train for hours is cut short in its third iteration."""
+
+    class Enough(Exception):
+        pass
+
+    def log(self, row):
+        if row["global_step"] > 2 * self.config["flags"]["num_envs"] * self.config["flags"]["num_steps"]:
+            self.close()
+            raise Enough
+        original(self, row)
+
+    original, seen = run_folder.Run.log, {"trained": 0, "refused": 0}
+    monkeypatch.setattr(run_folder.Run, "log", log)
+
+    @hypothesis.settings(max_examples=CASES, deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.given(flag_values(script))
+    def case(flags):
+        given = dict(flags)
+        huge = {name for name in LENGTHS if name in given and str(given[name]).isdecimal() and int(given[name]) > 64}
+        if huge - {"total_timesteps", "num_envs"} or given.get("num_envs") in ("4096", "1000"):
+            return  # accepted, and long
+        words = [*map(str, TINY), "--total-timesteps", "4096", "--env-id", "Pendulum-v1", "--runs-dir", str(tmp_path)]
+        for name, value in flags:
+            words += [f"--{name.replace('_', '-')}", *([] if value is None else [str(value)])]
+        hypothesis.note(shlex.join(words))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                script.main(words)
+            seen["trained"] += 1
+        except Enough:
+            seen["trained"] += 1
+        except SystemExit as stop:
+            err = capsys.readouterr().err
+            assert stop.code in (1, 2) and err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err, err
+            assert "--" in err and (stop.code == 2 or "diverged" in err), err
+            seen["refused"] += 1
+        capsys.readouterr()
+
+    case()
+    print(seen)
+    assert seen["trained"] >= CASES // 20 and seen["refused"] >= CASES // 5
