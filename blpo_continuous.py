@@ -23,10 +23,12 @@ has a looser clip, un-normalised advantages and a norm bounded by that of grad_t
 Blocks that ppo_continuous.py does not have are marked `# BLPO:`; `diff ppo_continuous.py blpo_continuous.py` is the method.
 """
 
+import contextlib
 import ctypes.util
 import gc
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -46,7 +48,7 @@ import torch
 import torch.nn as nn
 
 from nystrom import cg_ihvp, hessian_products, make_sketch, nystrom_ihvp, nystrom_solve  # BLPO:
-from run_folder import CHECKPOINT, Run, Stopwatch, check_places, env_state, fail, load, parse_args, require, restore_env, resumed
+from run_folder import Run, Stopwatch, check_places, env_state, evaluated, fail, misfit, parse_args, require, restore_env, resumed, say
 
 
 @dataclass
@@ -231,19 +233,33 @@ class Actor(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, hidden: int = 64):
         super().__init__()
-        self.mean = mlp(obs_dim, hidden, action_dim, std=0.01)
+        self.net = mlp(obs_dim, hidden, action_dim, std=0.01)  # the mean
         self.log_std = nn.Parameter(torch.zeros(action_dim))
 
     def log_prob(self, obs, actions):  # (..., obs_dim), (..., action_dim) -> (...)
-        z = (actions - self.mean(obs)) * torch.exp(-self.log_std)
+        z = (actions - self.net(obs)) * torch.exp(-self.log_std)
         return -0.5 * z.square().sum(-1) - self.log_std.sum() - 0.5 * math.log(2 * math.pi) * len(self.log_std)
 
-    def entropy(self):
+    def entropy(self, obs):  # (..., obs_dim) -> ()
         return self.log_std.sum() + 0.5 * math.log(2 * math.pi * math.e) * len(self.log_std)
+
+    def noise(self, *shape, generator=None):
+        """What makes the mean a sample, (*shape, action_dim)."""
+        return (torch.randn(*shape, len(self.log_std), generator=generator) * self.log_std.detach().exp().cpu()).numpy()
+
+    @staticmethod
+    def act(outputs, noise):
+        """Actions (..., action_dim) from the net's outputs; noise 0 gives the most likely ones."""
+        return outputs + noise
+
+    @staticmethod
+    def for_env(actions, space):
+        """What environments take, from actions (n, action_dim)."""
+        return actions.reshape(len(actions), *space.shape).clip(space.low, space.high)
 
 
 def numpy_policy(net: nn.Sequential):
-    """The map of observations (n, obs_dim) to net's outputs without PyTorch, whose cost per call outweighs a few observations."""
+    """The map from observations (n, obs_dim) to net's outputs without PyTorch, whose cost per call outweighs a few observations."""
     layers = [(layer.weight.detach().cpu().numpy().T, layer.bias.detach().cpu().numpy()) for layer in net[::2]]
 
     def policy(x):
@@ -485,21 +501,20 @@ def add_bounded(direct, implicit, bound: float):
 
 def evaluate(actor: Actor, obs_rms: RunningMeanStd | None, args: Args, videos: Path | None = None):
     """Returns and lengths of --eval-episodes whole episodes, of 100,000 steps at most, under frozen statistics."""
-    env, policy, std = make_env(args.env_id, **(dict(render_mode="rgb_array") if videos else {})), numpy_policy(actor.mean), 0.0
+    env, policy = make_env(args.env_id, **(dict(render_mode="rgb_array") if videos else {})), numpy_policy(actor.net)
     if videos:
-        env = gym.wrappers.RecordVideo(env, str(videos), lambda episode: episode < 3, name_prefix=args.env_id, disable_logger=True)
-    if args.eval_stochastic:
-        std = actor.log_std.detach().exp().cpu().numpy()
+        name = re.sub(r"[^\w.-]+", "-", args.env_id)
+        env = gym.wrappers.RecordVideo(env, str(videos), lambda episode: episode < 3, name_prefix=name, disable_logger=True)
     returns, lengths = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes, dtype=int)
-    seeds, noise = np.random.SeedSequence([args.seed, 1]), np.random.default_rng([args.seed, 2])  # none that training uses
-    for episode, seed in enumerate(seeds.generate_state(args.eval_episodes).tolist()):
+    generator = torch.Generator().manual_seed(args.seed)  # training has a generator and seeds of its own
+    for episode, seed in enumerate(np.random.SeedSequence([args.seed, 1]).generate_state(args.eval_episodes).tolist()):
         obs, _ = env.reset(seed=seed)
         done = False
         while not done and lengths[episode] < 100_000:
             obs = obs_rms.normalize(obs) if obs_rms else obs
-            action = policy(np.asarray(obs, np.float32))
-            action = (action + std * noise.standard_normal(action.shape, np.float32)).reshape(env.action_space.shape)
-            obs, reward, terminated, truncated, _ = env.step(action.clip(env.action_space.low, env.action_space.high))
+            noise = actor.noise(1, generator=generator) if args.eval_stochastic else 0.0
+            action = actor.act(policy(np.asarray(obs, np.float32)[None]), noise)
+            obs, reward, terminated, truncated, _ = env.step(actor.for_env(action, env.action_space)[0])
             returns[episode] += reward
             lengths[episode] += 1
             done = terminated or truncated
@@ -513,25 +528,24 @@ def summary(args: Args, returns, lengths) -> str:
     return f"evaluation, {kind}: return {spread}, length {lengths.mean():.0f} ({lengths.min()} to {lengths.max()})"
 
 
-def evaluate_run(args: Args) -> None:
+def evaluate_run(args: Args, path: Path, saved: dict) -> None:
     """--evaluate: the policy of a finished run, or of the last checkpoint."""
-    saved, folder = load("--evaluate", args, "model.pt", CHECKPOINT)
-    args.env_id, hidden = saved["args"].env_id, saved["args"].hidden_size
-    actor = Actor(saved["actor"]["mean.0.weight"].shape[1], len(saved["actor"]["log_std"]), hidden)
-    actor.load_state_dict(saved["actor"])
-    obs_rms = None
-    if saved["args"].norm_obs:
-        obs_rms = RunningMeanStd()
-        obs_rms.load_state_dict(saved["obs_rms"])
+    try:
+        actor = Actor(saved["actor"]["net.0.weight"].shape[1], len(saved["actor"]["net.4.bias"]), args.hidden_size)
+        actor.load_state_dict(saved["actor"])
+        obs_rms = RunningMeanStd() if args.norm_obs else None
+        if args.norm_obs:
+            obs_rms.load_state_dict(saved["obs_rms"])
+    except (KeyError, RuntimeError) as problem:
+        misfit("--evaluate", path, problem)
     if args.capture_video and sys.platform == "linux":  # without a screen; read when mujoco is imported
         os.environ.setdefault("MUJOCO_GL", "egl" if ctypes.util.find_library("EGL") else "osmesa")
+    videos = path.parent / "videos" if args.capture_video else None
     try:
-        returns, lengths = evaluate(actor, obs_rms, args, folder / "videos" if args.capture_video else None)
+        returns, lengths = evaluate(actor, obs_rms, args, videos)
     except Exception as problem:  # whatever a foreign environment or its renderer raises
-        fail(f"--evaluate {folder}: {args.env_id} failed: {type(problem).__name__}: {problem}", status=1)
-    print(summary(args, returns, lengths))
-    if args.capture_video:
-        print(f"videos in {folder / 'videos'}")
+        fail(f"--evaluate {path.parent}: {args.env_id} failed: {type(problem).__name__}: {problem}", status=1)
+    say(summary(args, returns, lengths) + (f"; videos in {videos}" if videos else ""))
 
 
 def train(args: Args, checkpoint: dict | None = None) -> Path:
@@ -539,9 +553,10 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     envs = make_envs(args)
     N, T = args.num_envs, args.num_steps
     obs_dim, action_space = envs[0].observation_space.shape[0], envs[0].action_space
+    action_dim = math.prod(action_space.shape)
     device = torch.device("cuda" if args.cuda else "cpu")
     torch.manual_seed(args.seed)
-    actor = Actor(obs_dim, int(np.prod(action_space.shape)), args.hidden_size).to(device)
+    actor = Actor(obs_dim, action_dim, args.hidden_size).to(device)
     critic = Critic(obs_dim, args.hidden_size).to(device)
     actor_params, critic_params = list(actor.parameters()), list(critic.parameters())
     actor_optimizer = torch.optim.Adam([flatten(actor)], lr=args.actor_lr, eps=1e-5, fused=True)
@@ -549,11 +564,10 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     if args.nystrom_rank > (size := flat(critic_params).numel()):  # BLPO:
         fail(f"--nystrom-rank must be at most {size}, the number of the critic's parameters, got {args.nystrom_rank}")
 
-    run = Run(args, checkpoint)
     obs_rms = RunningMeanStd(obs_dim) if args.norm_obs else None
     return_rms = RunningMeanStd()
     buffer = lambda *shape, dtype=np.float32: np.zeros((N, T, *shape), dtype)
-    obs, next_obs, actions = buffer(obs_dim), buffer(obs_dim), buffer(len(actor.log_std))
+    obs, next_obs, actions = buffer(obs_dim), buffer(obs_dim), buffer(action_dim)
     rewards, terminated, truncated, done = buffer(), buffer(), np.zeros(N, dtype=bool), buffer(dtype=bool)
     discounted_return, episode_return, episode_length = np.zeros(N), np.zeros(N), np.zeros(N, dtype=int)
     now_obs, recent, episodes, begun, earlier = buffer(obs_dim)[:, 0], deque(maxlen=100), 0, 0, 0.0
@@ -579,16 +593,23 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
         np.stack([envs[i].reset(seed=seed)[0]], out=raw_obs[i : i + 1])  # stack refuses other shapes
 
     if checkpoint:
-        begun, episodes, earlier = (checkpoint[name] for name in ("iteration", "episodes", "wall"))
-        recent.extend(checkpoint["recent"])
-        seconds |= checkpoint["seconds"]
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
-        for name, generator in generators.items():
-            generator.set_state(checkpoint["generators"][name])
+        try:
+            begun, episodes, earlier = (checkpoint[name] for name in ("iteration", "episodes", "wall"))
+            recent.extend(checkpoint["recent"])
+            seconds |= checkpoint["seconds"]
+            for name, part in parts.items():
+                part.load_state_dict(checkpoint[name])
+            for name, generator in generators.items():
+                generator.set_state(checkpoint["generators"][name])
+        except (KeyError, RuntimeError, ValueError) as problem:
+            misfit("--resume", args.resume, problem)
+    run = Run(args, checkpoint)
     # seeds of their own for all environments of all runs: seed, seed + 1, ... would share most of them between neighbours
-    for i, seed in enumerate(np.random.SeedSequence([args.seed, begun] if begun else args.seed).generate_state(N).tolist()):
-        reset(i, seed)
+    try:
+        for i, seed in enumerate(np.random.SeedSequence([args.seed, begun] if begun else args.seed).generate_state(N).tolist()):
+            reset(i, seed)
+    except Exception as problem:  # whatever a foreign environment raises
+        run.environment_failed(begun * N * T, problem)
     run.check_finite(0, raw_obs)
     if args.norm_obs and not checkpoint:
         obs_rms.update(raw_obs)
@@ -599,7 +620,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
         for name, array in arrays.items():
             array[...] = checkpoint["arrays"][name].numpy()
     elif begun:
-        print(f"note: {args.env_id} cannot be put back into the middle of an episode: its episodes begin anew", file=sys.stderr)
+        say(f"note: {args.env_id} cannot be put back into the middle of an episode: its episodes begin anew", error=True)
     start = time.perf_counter()
     if not checkpoint:
         run.checkpoint(state(0))  # from now on a killed run can go on
@@ -613,18 +634,18 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
 
         # Rollout
         lap = Stopwatch()
-        policy = numpy_policy(actor.mean)
-        noise = (torch.randn(T, N, len(actor.log_std)) * actor.log_std.detach().exp().cpu()).numpy()
+        policy, noise = numpy_policy(actor.net), actor.noise(T, N)
         for t in range(T):
             obs[:, t] = now_obs
-            actions[:, t] = policy(now_obs) + noise[t]
-            clipped = actions[:, t].reshape(N, *action_space.shape).clip(action_space.low, action_space.high)
-            if not np.isfinite(clipped).all():
-                run.stop(f"error: the policy has diverged, its actions are not finite (step {global_step}): lower --actor-lr")
+            outputs = policy(now_obs)
+            if not np.isfinite(outputs).all():
+                run.stop(f"error: the policy has diverged, its outputs are not finite (step {global_step}): lower --actor-lr")
+            actions[:, t] = actor.act(outputs, noise[t])
             lap("inference")
             global_step += N
             try:
-                observed, reward[:], terminated[:, t], truncated[:], _ = zip(*(env.step(a) for env, a in zip(envs, clipped)))
+                steps = [env.step(action) for env, action in zip(envs, actor.for_env(actions[:, t], action_space))]
+                observed, reward[:], terminated[:, t], truncated[:], _ = zip(*steps)
                 np.stack(observed, out=last_obs)  # which refuses other shapes
                 raw_obs[:], done[:, t] = last_obs, truncated | (terminated[:, t] > 0)
                 ended = np.flatnonzero(done[:, t])
@@ -698,7 +719,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                     normalized = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
                 loss = policy_loss(ratio, normalized, args.clip_coef)
                 if args.ent_coef > 0:
-                    loss = loss - args.ent_coef * actor.entropy()
+                    loss = loss - args.ent_coef * actor.entropy(mb.obs)
                 gradient = flat(torch.autograd.grad(loss, actor_params, retain_graph=True))
                 # BLPO: 4. h = grad_theta f + the implicit term
                 if args.ihvp != "none":
@@ -715,17 +736,22 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
 
         if args.eval_every:
             due = (iteration + 1) % args.eval_every == 0
-            evaluated = evaluate(actor, obs_rms, args) if due else ([math.nan], [math.nan])
+            returns, lengths = [math.nan], [math.nan]
+            try:
+                if due:
+                    returns, lengths = evaluate(actor, obs_rms, args)
+            except Exception as problem:  # whatever a foreign environment raises: training can do without
+                say(f"evaluation failed: {type(problem).__name__}: {problem}", error=True)
             lap("evaluation")
         wall = earlier + time.perf_counter() - start
         mean = lambda values: float(np.mean(values)) if len(values) else math.nan
         row = {"global_step": global_step, "wall_seconds": round(wall, 3), "sps": round(global_step / wall, 1)}
         row |= {"episodes": episodes, "return_100": mean([r for r, _ in recent]), "length_100": mean([n for _, n in recent])}
-        row |= {"entropy": float(actor.entropy().detach()), "explained_variance": explained_variance}
+        row |= {"entropy": float(actor.entropy(b_obs).detach()), "explained_variance": explained_variance}
         row |= {name: mean([x for x in values if math.isfinite(x)]) for name, values in metrics.items()}
         row |= {f"seconds_{phase}": round(spent, 5) for phase, spent in lap.seconds.items()}
         if args.eval_every:
-            row |= {"eval_return": mean(evaluated[0]), "eval_length": mean(evaluated[1])}
+            row |= {"eval_return": mean(returns), "eval_length": mean(lengths)}
         for phase, spent in lap.seconds.items():
             seconds[phase] += spent
         run.log(row)
@@ -734,31 +760,36 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
         if run.signal:
             run.stop(f"stopped at step {global_step}", status=128 + run.signal)
 
-    for env in envs:
-        env.close()
     model = {"actor": actor.cpu().state_dict(), "critic": critic.cpu().state_dict(), "config": run.config}
     run.save("model.pt", model | (dict(obs_rms=obs_rms.state_dict()) if args.norm_obs else {}))
+    run.release_signals()
+    for env in envs:
+        with contextlib.suppress(Exception):
+            env.close()
     phases = ", ".join(f"{phase} {1e3 * spent / iterations:.0f}" for phase, spent in seconds.items())
     wall, steps = earlier + time.perf_counter() - start, iterations * N * T
-    print(f"{steps:,} steps in {wall:.0f} s, {steps / wall:.0f} SPS; ms per iteration: {phases}")
+    say(f"{steps:,} steps in {wall:.0f} s, {steps / wall:.0f} SPS; ms per iteration: {phases}")
     if args.eval_episodes:
-        returns, lengths = evaluate(actor, obs_rms, args)
+        try:
+            returns, lengths = evaluate(actor, obs_rms, args)
+        except Exception as problem:  # whatever a foreign environment raises
+            run.environment_failed(steps, problem)
         rows = "".join(f"{r!r},{n}\n" for r, n in zip(returns.tolist(), lengths.tolist()))
         run.save("evaluation.csv", "return,length\n" + rows)
-        print(summary(args, returns, lengths))
+        say(summary(args, returns, lengths))
     run.close()
-    print(f"results in {run.folder}")
+    say(f"results in {run.folder}")
     return run.folder
 
 
 def main(argv: list[str] | None = None) -> Path | None:
     args, checkpoint = parse_args(Args, __doc__, argv), None
-    if args.resume and not args.evaluate:
-        args, checkpoint = resumed(args)
+    if args.evaluate and not args.resume:
+        args, path, saved = evaluated(args, argv)
+    elif args.resume and not args.evaluate:
+        args, checkpoint = resumed(args, argv)
     check_args(args)
-    if args.evaluate:
-        return evaluate_run(args)
-    return train(args, checkpoint)
+    return evaluate_run(args, path, saved) if args.evaluate else train(args, checkpoint)
 
 
 if __name__ == "__main__":

@@ -41,8 +41,17 @@ CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 # The command line: whatever is wrong is said in one line that names the flag and the fix, exit status 2
 
 
+def say(message: str, error: bool = False) -> None:
+    """Prints a line; a terminal, pipe or log file that is gone does not end a run."""
+    stream = sys.stderr if error else sys.stdout
+    try:
+        print(message, file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what is still buffered must go somewhere
+
+
 def fail(message: str, status: int = 2):
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    say(f"error: {' '.join(message.split())}", error=True)
     raise SystemExit(status)
 
 
@@ -57,6 +66,12 @@ def parse_args(Args, description: str, argv: list[str] | None = None):
             _title, *body = [line.strip("│╭╮╰╯─ ") for line in complaint.getvalue().splitlines()]
             fail(" ".join(itertools.takewhile(bool, body)) + " (--help lists all flags)")
         raise
+
+
+def given_flags(args, argv: list[str] | None) -> set[str]:
+    """The fields of args that the command line names."""
+    words = {word.split("=")[0][2:].replace("-", "_") for word in (sys.argv[1:] if argv is None else argv) if word.startswith("--")}
+    return {name for name in asdict(args) if {name, f"no_{name}"} & words}
 
 
 def require(args, must: str, ok, *flags: str) -> None:
@@ -110,9 +125,11 @@ def unpack(value):
 
 def env_state(env: gym.Env) -> dict | None:
     """All that a MuJoCo or classic-control environment of Gymnasium remembers: plain attributes of its own and of its
-    wrappers, its random generator, MuJoCo's arrays. None for other environments, which may remember more."""
-    core = env.unwrapped
-    if not type(core).__module__.startswith(("gymnasium.envs.mujoco.", "gymnasium.envs.classic_control.")):
+    wrappers, its random generator, MuJoCo's arrays. None for others, or with other wrappers, which may remember more."""
+    known = (gym.wrappers.TimeLimit, gym.wrappers.OrderEnforcing, gym.wrappers.FlattenObservation)
+    *around, core = wrappers(env)
+    ours = type(core).__module__.startswith(("gymnasium.envs.mujoco.", "gymnasium.envs.classic_control."))
+    if not (ours and all(type(layer) in known for layer in around)):
         return None
     layers = [{k: pack(v) for k, v in vars(layer).items()} for layer in wrappers(env)]
     state = {"random": core.np_random.bit_generator.state}
@@ -164,30 +181,49 @@ def script_of(args) -> Path:
     return Path(inspect.getfile(type(args)))
 
 
+def git_commit(args) -> str:
+    with contextlib.suppress(OSError):  # no git here
+        git = ["git", "-C", script_of(args).resolve().parent, "rev-parse", "HEAD"]
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return ""
+
+
+def lock(folder: Path) -> int:
+    """A file descriptor that keeps other processes from writing the run, until it is closed or its process ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        fail(f"--resume {folder}: another process is writing this run: wait for it or stop it")
+    return descriptor
+
+
 class Run:
     """The run folder of args, a new one or, with a checkpoint, the one to go on with (args.resume); one process writes it."""
 
     def __init__(self, args, checkpoint: dict | None = None):
         self.total, self.wandb, self.last_line, self.signal = args.total_timesteps, None, 0.0, None
         self.files, self.lines, self.handlers, self.bar = {}, {}, {}, None
+        self.script = os.path.relpath(script_of(args))
         if checkpoint:
-            self.folder, self.config = Path(args.resume), checkpoint["config"]
+            self.folder, self.config, self.lock = Path(args.resume), checkpoint["config"], checkpoint["lock"]
         else:
             stem = re.sub(r"[^\w.-]+", "-", f"{args.env_id}__{args.exp_name}__{args.seed}", flags=re.ASCII)
             for born in itertools.count(int(time.time())):  # the next free second: runs may start at the same time
                 with contextlib.suppress(FileExistsError):
                     (folder := Path(args.runs_dir) / f"{stem}__{born}").mkdir()
                     break
-            self.folder, self.config = folder, {"script": script_of(args).name, "flags": asdict(args), "versions": versions()}
-            with contextlib.suppress(OSError):  # no git here
-                git = ["git", "-C", script_of(args).resolve().parent, "rev-parse", "HEAD"]
-                self.config["versions"]["git_commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+            self.folder, self.lock = folder, lock(folder)
+            self.config = {"script": script_of(args).name, "flags": asdict(args)}
+            self.config["versions"] = versions() | {"git_commit": git_commit(args)}
             self.save("config.json", json.dumps(self.config, indent=2) + "\n")
         with self.storing():
             for name in ("episodes.csv", "progress.csv"):
                 self.files[name] = open(self.folder / name, "a", buffering=1)  # flushed at every line
                 self.lines[name] = checkpoint["lines"][name] if checkpoint else 0
-                self.lock_and_truncate(name)
+                lines = (self.folder / name).read_bytes().splitlines(keepends=True)[: self.lines[name]]
+                self.files[name].truncate(sum(map(len, lines)))  # forgets rows after the checkpoint: they are measured again
         if not checkpoint:
             self.write("episodes.csv", "global_step,return,length")
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -201,21 +237,11 @@ class Run:
                 name = self.folder.name
                 self.wandb = wandb.init(name=name, id=name, resume="allow", config=self.config, dir=self.folder)
 
-    def lock_and_truncate(self, name: str):
-        """Forgets rows after the checkpoint, which will be measured again, but not under the hands of another process."""
-        try:
-            fcntl.flock(self.files[name], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"--resume {self.folder}: another process is writing this run: wait for it or stop it")
-        lines = [line for line in (self.folder / name).read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-        if len(lines) < self.lines[name]:
-            fail(f"--resume {self.folder}: {name} has lost rows that the checkpoint counts on: start a new run")
-        self.files[name].truncate(sum(map(len, lines[: self.lines[name]])))
-
     def on_signal(self, number, _frame):
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
         self.signal = number
-        os.write(2, b"\nstopping after this iteration; once more to stop at once\n")
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nstopping after this iteration; once more to stop at once\n")
 
     @contextlib.contextmanager
     def storing(self):
@@ -230,7 +256,7 @@ class Run:
         try:
             yield
         except Exception as problem:
-            print(f"wandb is off: {problem}", file=sys.stderr)
+            say(f"wandb is off: {problem}", error=True)
             self.wandb = None
 
     def write(self, name: str, line: str):
@@ -250,11 +276,12 @@ class Run:
                 self.wandb.log(row, step=row["global_step"])
         step, shown = row["global_step"], f"SPS {row['sps']:.0f}  return {row['return_100']:.1f}  KL {row['approx_kl']:.4f}"
         if self.bar is not None:
-            self.bar.set_postfix_str(shown, refresh=False)
-            self.bar.update(step - self.bar.n)
+            with contextlib.suppress(OSError):  # the terminal is gone
+                self.bar.set_postfix_str(shown, refresh=False)
+                self.bar.update(step - self.bar.n)
         elif time.time() - self.last_line > 5:
             self.last_line = time.time()
-            print(f"step {step:>9,} of {self.total:,}  {shown}", flush=True)
+            say(f"step {step:>9,} of {self.total:,}  {shown}")
 
     def save(self, name: str, content: str | dict):
         """Writes a file under a temporary name first, so that name is whole at any moment, whatever happens."""
@@ -295,21 +322,28 @@ class Run:
         """Ends the process with one line, which says how to go on."""
         self.close()
         if (self.folder / CHECKPOINT).exists():
-            message += f"; go on from the last checkpoint: python {self.config['script']} --resume {shlex.quote(str(self.folder))}"
-        print(" ".join(message.split()), file=sys.stderr)
+            message += f"; go on from the last checkpoint: python {shlex.join([self.script, '--resume', str(self.folder)])}"
+        say(" ".join(message.split()), error=True)
         raise SystemExit(status)
 
-    def close(self):
+    def release_signals(self):
+        """From here on a signal ends the process."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+
+    def close(self):
+        self.release_signals()
         for file in self.files.values():
             with contextlib.suppress(OSError):  # of a full disk, which has been reported
                 file.close()
         if self.bar is not None:
-            self.bar.close()
+            with contextlib.suppress(OSError):
+                self.bar.close()
         if self.wandb:
             with self.broadcast():
                 self.wandb.finish()
+        with contextlib.suppress(OSError):  # closed before
+            os.close(self.lock)
 
 
 # Going on with a run
@@ -317,16 +351,19 @@ class Run:
 
 def load(flag: str, args, *names: str) -> tuple[dict, Path]:
     """What a run of args's script saved in the folder that flag names, under the first of names that is there, or in a file
-    that flag names, and the folder. Damaged or foreign files are refused, and never executed. "args" are the run's flags."""
+    that flag names, and the path. Damaged or foreign files are refused, and never executed. "args" are the run's flags."""
     place = Path(getattr(args, flag.lstrip("-")))
-    path = place if place.is_file() else next((place / name for name in names if (place / name).exists()), place / names[-1])
-    folder = path.parent
-    older = folder / PREVIOUS
-    hint = f"; the one before it: {flag} {shlex.quote(str(older))}" if older.exists() and path.name == CHECKPOINT else ""
+    path = place if os.path.isfile(place) else next((place / name for name in names if os.path.exists(place / name)), place / names[0])
+    folder, older = path.parent, path.with_name(PREVIOUS)
+    hint = f"; the one before it: {flag} {shlex.quote(str(older))}" if path.name == CHECKPOINT and os.path.exists(older) else ""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         config, own = json.loads((folder / "config.json").read_text()), saved["config"]
         script, flags, then = own["script"], own["flags"], own["versions"]
+        if flag == "--resume":
+            for name in ("progress.csv", "episodes.csv"):
+                if (folder / name).read_bytes().count(b"\n") < saved["lines"][name]:
+                    fail(f"{flag} {folder}: {name} has lost rows that {path.name} counts on{hint or ': start a new run'}")
     except FileNotFoundError as missing:
         fail(f"{flag} {folder} has no {Path(missing.filename).name}: name the folder of a run")
     except Exception as problem:  # a torn zip file, other contents, an unreadable disk, ...
@@ -339,16 +376,46 @@ def load(flag: str, args, *names: str) -> tuple[dict, Path]:
         saved["args"] = type(args)(**flags)
     except TypeError:
         fail(f"{flag} {folder} was begun by a version with other flags: check out commit {then.get('git_commit')}")
-    if changed := [f"{name} {then.get(name)} (now {now})" for name, now in versions().items() if now != then.get(name)]:
-        print(f"note: {folder} was begun with {', '.join(changed)}; last digits may differ", file=sys.stderr)
-    return saved, folder
+    now = versions() | {"git_commit": git_commit(args)}
+    if changed := [f"{name} {then.get(name)} (now {now[name]})" for name in now if now[name] != then.get(name)]:
+        say(f"note: {folder} was begun with {', '.join(changed)}; results may differ", error=True)
+    return saved, path
 
 
-def resumed(args):
+def misfit(flag: str, path: Path, problem: Exception):
+    """What load returned is not what this version of the script, or of the environment, saves."""
+    fail(f"{flag} {path} does not fit the networks or the environment of this version ({type(problem).__name__}: {str(problem)[:60]})")
+
+
+def resumed(args, argv: list[str] | None):
     """The flags and the checkpoint of the run to go on with: --resume is its folder, or one of its checkpoints."""
-    checkpoint, folder = load("--resume", args, CHECKPOINT, PREVIOUS)
-    own, default = asdict(checkpoint["args"]), asdict(type(args)())
-    for name, value in asdict(args).items():
-        if name != "resume" and value not in (default[name], own[name]):
-            fail(f"--{name.replace('_', '-')} cannot change on the way: --resume goes on with the flags of the run, drop it")
-    return type(args)(**own | {"resume": str(folder), "runs_dir": str(folder.parent)}), checkpoint
+    folder = Path(args.resume if os.path.isdir(args.resume) else os.path.dirname(args.resume))
+    if not os.path.exists(folder / "config.json"):
+        fail(f"--resume {args.resume} is not the folder of a run")
+    descriptor = lock(folder)  # before the checkpoint is read: whoever writes the run may be about to write another
+    try:
+        checkpoint, path = load("--resume", args, CHECKPOINT, PREVIOUS)
+        own = asdict(checkpoint["args"])
+        for name in sorted(given_flags(args, argv) - {"resume", "cuda", "track"}):
+            if getattr(args, name) != own[name]:
+                fail(f"--{name.replace('_', '-')} cannot change on the way: --resume goes on with the flags of the run, drop it")
+        own |= {name: getattr(args, name) for name in given_flags(args, argv) & {"cuda", "track"}}
+        if path.name != CHECKPOINT:  # the newer one counts on rows that will now be written again
+            os.replace(path, folder / CHECKPOINT)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    args = type(args)(**own | {"resume": str(folder), "runs_dir": str(folder.parent)})
+    return args, checkpoint | {"lock": descriptor}
+
+
+def evaluated(args, argv: list[str] | None):
+    """The flags to evaluate with, the path and the contents of the model, or of the last checkpoint, of --evaluate."""
+    saved, path = load("--evaluate", args, "model.pt", CHECKPOINT, PREVIOUS)
+    given, own = given_flags(args, argv), asdict(saved["args"])
+    allowed = {"evaluate", "eval_episodes", "eval_stochastic", "capture_video", "seed"}
+    for name in sorted(given - allowed):
+        if getattr(args, name) != own[name]:
+            fail(f"--{name.replace('_', '-')} has no part in --evaluate, which takes it from the run: drop it")
+    own |= {name: getattr(args, name) for name in allowed if name != "seed" or name in given}
+    return type(args)(**own), path, saved

@@ -159,6 +159,39 @@ class IntegerAction(Probe):
         self.action_space = gym.spaces.Box(0, 3, (2,), np.int64)
 
 
-for env in (OneStep, TwoStep, Probe, Clock, Odd, Broken, BrokenEnd, Raises, Reshapes, Hangs, Lies, Refuses, NoReset, IntegerAction):
+class ManyActions(Probe):
+    def __init__(self):
+        super().__init__()
+        self.action_space = gym.spaces.MultiDiscrete([2, 3])
+
+
+class Choice(Probe):
+    """Discrete actions 3 to 5, of which 4 pays in the second step."""
+
+    steps = 2
+
+    def __init__(self):
+        super().__init__()
+        self.action_space = gym.spaces.Discrete(3, start=3)
+
+    def step(self, action):
+        assert isinstance(action, int) and 3 <= action <= 5
+        reward = float(self.t == 1 and action == 4)
+        self.t += 1
+        return self.observe(), reward, self.t >= self.steps, False, {}
+
+
+class Grid(Choice):
+    """Observes a picture."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_space = gym.spaces.Box(0, 255, (4, 4, 3), np.uint8)
+
+    def observe(self):
+        return np.full((4, 4, 3), self.t, np.uint8)
+
+
+for env in (ManyActions, Choice, Grid, OneStep, TwoStep, Probe, Clock, Odd, Broken, BrokenEnd, Raises, Reshapes, Hangs, Lies, Refuses, NoReset, IntegerAction):
     gym.register(f"Probe{env.__name__}-v0", entry_point=env)
 gym.register("ProbeForever-v0", entry_point=Forever, max_episode_steps=5)

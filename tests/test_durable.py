@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 import warnings
-from pathlib import Path
 
 import gymnasium as gym
 import hypothesis
@@ -25,9 +24,10 @@ import torch
 import blpo_continuous as blpo
 import ppo_continuous as ppo
 import run_folder
-from tests.test_scripts import ROOT, SCRIPTS, TINY, refused, rows, run, start, train
+from tests.test_scripts import DISCRETE, ROOT, SCRIPTS, TINY, refused, rows, run, start, train
 
 SMALL = [*TINY, "--env-id", "Hopper-v4", "--total-timesteps", 1280, "--checkpoint-every", 3]  # 20 iterations
+SMALL_OF = {script: [*SMALL, *([] if script in SCRIPTS else ["--env-id", "Acrobot-v1", "--norm-obs"])] for script in SCRIPTS + DISCRETE}
 
 
 def contents(folder):
@@ -91,9 +91,9 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing catches it."""
 
 
-@pytest.fixture(scope="module", params=SCRIPTS, ids=lambda script: script.__name__)
+@pytest.fixture(scope="module", params=SCRIPTS + DISCRETE, ids=lambda script: script.__name__)
 def reference(request, tmp_path_factory):
-    return request.param, contents(train(request.param, tmp_path_factory.mktemp("reference"), *SMALL))
+    return request.param, contents(train(request.param, tmp_path_factory.mktemp("reference"), *SMALL_OF[request.param]))
 
 
 def interrupted(script, tmp_path, monkeypatch, iteration, *flags):
@@ -116,7 +116,7 @@ def interrupted(script, tmp_path, monkeypatch, iteration, *flags):
 @pytest.mark.parametrize("iteration", [0, 2, 3, 7, 18, 19])
 def test_resume_is_byte_identical(reference, iteration, tmp_path, monkeypatch):
     script, expected = reference
-    folder = interrupted(script, tmp_path, monkeypatch, iteration, *SMALL)
+    folder = interrupted(script, tmp_path, monkeypatch, iteration, *SMALL_OF[script])
     assert script.main(["--resume", str(folder)]) == folder
     assert contents(folder) == expected
     assert len(list(tmp_path.iterdir())) == 1  # in place
@@ -149,25 +149,27 @@ KILLS = int(os.environ.get("KILLS", 4))
 
 @pytest.mark.parametrize("script", SCRIPTS[1:] if KILLS < 10 else SCRIPTS)
 def test_kills_at_random_moments(script, tmp_path):
-    """SIGKILL at any moment of the process's life, imports included; KILLS=50 for the long version."""
-    flags = [*TINY, "--env-id", "Hopper-v4", "--total-timesteps", 12_800, "--checkpoint-every", 2]
+    """SIGKILL, one in four during start and imports, the others while rows are written; KILLS=50 for the long version."""
+    flags = [*TINY, "--env-id", "Hopper-v4", "--total-timesteps", 320 * max(KILLS, 20), "--checkpoint-every", 2]
     expected = contents(train(script, tmp_path / "reference", *flags))
-    runs, moments, kills = tmp_path / "runs", random.Random(KILLS), 0
+    runs, moments, kills, midway = tmp_path / "runs", random.Random(1), 0, 0
+    size = lambda: sum(path.stat().st_size for path in runs.glob("*/progress.csv"))
     while kills < KILLS:
         alive = list(runs.glob("*/checkpoint*.pt"))
-        process = start(script, *(["--resume", alive[0].parent] if alive else [*flags, "--runs-dir", runs]))
-        try:
-            process.wait(moments.uniform(1.0, 4.0))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            kills += 1
-        assert process.wait() in (0, -signal.SIGKILL), process.communicate()
-        if process.returncode == 0:  # finished before its kill: back to the middle, to be killed again
-            shutil.rmtree(runs)
-    if not (alive := list(runs.glob("*/checkpoint*.pt"))):
-        run(script, *flags, "--runs-dir", runs)
-    else:
-        run(script, "--resume", alive[0].parent)
+        process, before = start(script, *(["--resume", alive[0].parent] if alive else [*flags, "--runs-dir", runs])), None
+        if kills % 4:
+            while process.poll() is None and not (before is not None and size() > before):
+                before = size() if before is None or size() < before else before  # resuming cuts the file first
+                time.sleep(0.001)
+            time.sleep(moments.uniform(0, 0.15))
+            midway += process.poll() is None
+        else:
+            time.sleep(moments.uniform(0, 2))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, process.communicate()  # otherwise the run was too short for so many kills
+        kills += 1
+    assert midway >= KILLS // 2
+    run(script, "--resume", next(runs.glob("*/checkpoint*.pt")).parent)
     (folder,) = (path.parent for path in runs.glob("*/model.pt"))
     assert contents(folder) == expected
 
@@ -190,7 +192,7 @@ def test_signals_finish_the_iteration(number, status, tmp_path):
 
 def test_evaluations_leave_training_untouched(reference, tmp_path):
     script, (table, episodes, weights) = reference
-    folder = train(script, tmp_path, *SMALL, "--eval-every", 4)
+    folder = train(script, tmp_path, *SMALL_OF[script], "--eval-every", 4)
     more, same_episodes, same_weights = contents(folder)
     assert (same_episodes, same_weights) == (episodes, weights)
     assert [row[: len(table[0])] for row in more] == table and more[0][len(table[0]) :] == ["eval_return", "eval_length"]
@@ -199,12 +201,48 @@ def test_evaluations_leave_training_untouched(reference, tmp_path):
     assert evaluated[-1] == rows(folder / "evaluation.csv")[0]["return"]
 
 
+def test_going_on_from_an_older_checkpoint_and_killed_again(reference, tmp_path, monkeypatch):
+    script, expected = reference
+    folder = interrupted(script, tmp_path, monkeypatch, 11, *SMALL_OF[script])
+    older = folder / "checkpoint.previous.pt"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(run_folder.Run, "log", lambda self, row: self.close() or (_ for _ in ()).throw(Killed))
+        script.main(["--resume", str(older)])
+    assert contents(script.main(["--resume", str(folder)])) == expected
+
+
+def test_wrappers_that_remember_begin_anew(tmp_path, monkeypatch, capsys):
+    gym.register("Delayed-v0", "gymnasium.envs.classic_control.pendulum:PendulumEnv", max_episode_steps=30,
+                 additional_wrappers=(gym.wrappers.DelayObservation.wrapper_spec(delay=2),))  # fmt: skip
+    try:
+        folder = interrupted(ppo, tmp_path, monkeypatch, 7, *TINY, "--env-id", "Delayed-v0", "--total-timesteps", 640, "--checkpoint-every", 3)
+        ppo.main(["--resume", str(folder)])
+    finally:
+        del gym.registry["Delayed-v0"]
+    assert "its episodes begin anew" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_nobody_listens(number, status, tmp_path):
+    """Standard output and error are a pipe whose reader has gone: training goes on, a signal still writes a checkpoint."""
+    flags = [*TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 10**7, "--checkpoint-every", 10**6, "--runs-dir", tmp_path]
+    process = start(ppo, *flags, stderr=subprocess.STDOUT)
+    process.stdout.close()
+    lines = lambda: max((len(path.read_text().splitlines()) for path in tmp_path.glob("*/progress.csv")), default=0)
+    wait_for(lambda: lines() > 20, process)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == status
+    assert torch.load(only(tmp_path) / "checkpoint.pt", weights_only=True)["iteration"] == lines() - 1
+    full = subprocess.run(["bash", "-c", f"{shlex.join(map(str, [sys.executable, f'{ROOT}/ppo_continuous.py', *SMALL, '--runs-dir', tmp_path / 'full']))} > /dev/full"])
+    assert full.returncode == 0 and (only(tmp_path / "full") / "evaluation.csv").exists()
+
+
 # Evaluate
 
 
-def test_evaluate(reference, tmp_path, capsys, monkeypatch):
+def test_evaluate(reference, tmp_path, capsys):
     script, _ = reference
-    folder = train(script, tmp_path, *SMALL)
+    folder = train(script, tmp_path, *SMALL_OF[script], "--seed", 3)
     before = contents(folder)
     capsys.readouterr()
 
@@ -214,12 +252,21 @@ def test_evaluate(reference, tmp_path, capsys, monkeypatch):
 
     out = evaluate("--eval-episodes", 1)
     assert "1 deterministic episodes" in out and f"return {rows(folder / 'evaluation.csv')[0]['return']:.1f} ±" in out and "length" in out
-    assert evaluate("--eval-episodes", 5) == evaluate("--eval-episodes", 5) != evaluate("--eval-episodes", 5, "--seed", 9)
-    assert "5 stochastic episodes" in (noisy := evaluate("--eval-episodes", 5, "--eval-stochastic"))
-    assert noisy.split("return")[1] != evaluate("--eval-episodes", 5).split("return")[1]
+    assert evaluate("--eval-episodes", 5) == evaluate("--eval-episodes", 5)
+    noisy = evaluate("--eval-episodes", 5, "--eval-stochastic")
+    assert "5 stochastic episodes" in noisy and noisy == evaluate("--eval-episodes", 5, "--eval-stochastic")
+    if script in SCRIPTS:  # an untrained Acrobot takes its 500 steps in any case
+        assert evaluate("--eval-episodes", 5) != evaluate("--eval-episodes", 5, "--seed", 9)
+        assert noisy.split("return")[1] != evaluate("--eval-episodes", 5).split("return")[1]
     assert contents(folder) == before
     (folder / "model.pt").unlink()
     assert evaluate("--eval-episodes", 1) == out  # from the last checkpoint
+    assert "--hidden-size has no part" in refused(script, capsys, "--evaluate", folder, "--hidden-size", 8)
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    saved["actor"]["mean.0.weight"] = saved["actor"].pop("net.0.weight")
+    torch.save(saved, folder / "checkpoint.pt")
+    assert "does not fit" in refused(script, capsys, "--evaluate", folder)
+    assert "does not fit" in refused(script, capsys, "--resume", folder)
 
 
 def test_video(tmp_path, capsys):
@@ -270,7 +317,7 @@ def test_quota(tmp_path):
 
 def test_damaged_checkpoint(reference, tmp_path, monkeypatch, capsys):
     script, expected = reference
-    folder = interrupted(script, tmp_path, monkeypatch, 11, *SMALL)
+    folder = interrupted(script, tmp_path, monkeypatch, 11, *SMALL_OF[script])
     checkpoint = folder / "checkpoint.pt"
     whole = checkpoint.read_bytes()
     for data in (whole[: len(whole) // 2], whole[:-1], b"", b"\0" * 1000, whole[:5000] + bytes(1000) + whole[6000:]):
@@ -290,7 +337,11 @@ def test_checkpoints_of_others(tmp_path, monkeypatch, capsys):
     assert "use that script" in refused(blpo, capsys, "--resume", folder)
     assert "use that script" in refused(blpo, capsys, "--evaluate", folder)
     assert "--gamma cannot change" in refused(ppo, capsys, "--resume", folder, "--gamma", 0.9)
-    assert "no checkpoint.pt" in refused(ppo, capsys, "--evaluate", tmp_path)
+    assert "--total-timesteps cannot change" in refused(ppo, capsys, "--resume", folder, "--total-timesteps", 1_000_000)
+    assert "damaged or no checkpoint" in refused(ppo, capsys, "--resume", train(ppo, tmp_path / "c", *SMALL) / "model.pt")
+    assert "--resume" in refused(ppo, capsys, "--resume", "x" * 300)
+    assert "--evaluate" in refused(ppo, capsys, "--evaluate", "x" * 300)
+    assert "no model.pt" in refused(ppo, capsys, "--evaluate", tmp_path)
     assert "--resume" in refused(ppo, capsys, "--resume", tmp_path / "nowhere")
     assert "--evaluate" in refused(ppo, capsys, "--resume", folder, "--evaluate", folder)
     assert "--capture-video" in refused(ppo, capsys, "--capture-video")
@@ -309,10 +360,13 @@ def test_checkpoints_of_others(tmp_path, monkeypatch, capsys):
     rewrite(lambda saved: saved["config"]["versions"].update(torch="1.0"))
     ppo.main(["--resume", str(folder)])
     assert "note: " in (err := capsys.readouterr().err) and "torch 1.0 (now 2.13.0" in err and err.count("\n") == 1
+    rewrite(lambda saved: saved["config"]["versions"].update(git_commit="0"))
+    ppo.main(["--resume", str(folder)])
+    assert "git_commit 0 (now " in capsys.readouterr().err
     rewrite(lambda saved: saved["config"]["flags"].update(renamed_flag=1))
     assert "other flags" in refused(ppo, capsys, "--resume", folder)
     config.unlink()
-    assert "no config.json" in refused(ppo, capsys, "--resume", folder)
+    assert "not the folder of a run" in refused(ppo, capsys, "--resume", folder)
     (other / "episodes.csv").write_text("global_step,return,length\n")
     assert "lost rows" in refused(ppo, capsys, "--resume", other)
 
@@ -350,6 +404,27 @@ def test_failing_environment(name, what, tmp_path):
     assert "Traceback" in (folder / "error.txt").read_text()
     step = int(err.split("failed at step ")[1].split(":")[0])
     assert step - 64 <= rows(folder / "progress.csv")[-1]["global_step"] < step and rows(folder / "episodes.csv")
+
+
+def test_environment_that_fails_outside_of_training(tmp_path, monkeypatch, capsys):
+    flags = [*TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 640]
+
+    def broken(*_, **__):
+        raise RuntimeError("out of\nlicences")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gym.Wrapper, "close", broken)
+        assert (train(ppo, tmp_path / "close", *flags, "--eval-episodes", 0) / "model.pt").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "evaluate", broken)
+        with pytest.raises(SystemExit) as stop:
+            train(ppo, tmp_path / "evaluation", *flags, "--eval-every", 5)
+    err = capsys.readouterr().err
+    assert stop.value.code == 1 and err.count("evaluation failed: RuntimeError: out of") == 2 and "failed at step 640: RuntimeError" in err
+    folder = only(tmp_path / "evaluation")
+    assert len(rows(folder / "progress.csv")) == 10 and not (folder / "evaluation.csv").exists()
+    ppo.main(["--resume", str(folder)])
+    assert len(rows(folder / "evaluation.csv")) == 1
 
 
 def test_hanging_environment_can_be_stopped(tmp_path):
@@ -405,7 +480,7 @@ def flag_values(script):
     return st.lists(st.sampled_from(sorted(values)).flatmap(lambda name: st.tuples(st.just(name), values[name])), max_size=5)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", SCRIPTS + DISCRETE)
 def test_any_command_line_trains_or_names_the_flag(script, tmp_path, capsys, monkeypatch):
     """CASES=500 for the long version. What would train for hours is cut short in its third iteration."""
 
@@ -428,7 +503,7 @@ def test_any_command_line_trains_or_names_the_flag(script, tmp_path, capsys, mon
         huge = {name for name in LENGTHS if name in given and str(given[name]).isdecimal() and int(given[name]) > 64}
         if huge - {"total_timesteps", "num_envs"} or given.get("num_envs") in ("4096", "1000"):
             return  # accepted, and long
-        words = [*map(str, TINY), "--total-timesteps", "4096", "--env-id", "Pendulum-v1", "--runs-dir", str(tmp_path)]
+        words = [*map(str, TINY), "--total-timesteps", "4096", "--env-id", "Pendulum-v1" if script in SCRIPTS else "CartPole-v1", "--runs-dir", str(tmp_path)]
         for name, value in flags:
             words += [f"--{name.replace('_', '-')}", *([] if value is None else [str(value)])]
         hypothesis.note(shlex.join(words))

@@ -3,11 +3,13 @@
 import itertools
 import math
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
 import blpo_continuous as blpo
+import blpo_discrete
 import ppo_continuous as ppo
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -302,22 +304,39 @@ def test_policy_and_value_losses_by_hand():
     assert float(ppo.clipped_critic_loss(values, returns, old, 0.2)) == pytest.approx((0.8**2 + 0.9**2) / 2)
 
 
+def test_categorical_log_prob_entropy_and_samples(float64):
+    actor = blpo_discrete.Actor(5, 3, hidden=16)
+    torch.nn.init.normal_(actor.net[-1].weight)
+    obs, actions = torch.randn(4, 7, 5), torch.randint(3, (4, 7))
+    categorical = torch.distributions.Categorical(logits=actor.net(obs))
+    assert torch.allclose(actor.log_prob(obs, actions), categorical.log_prob(actions))
+    assert torch.allclose(actor.entropy(obs), categorical.entropy().mean())
+    # the Gumbel-max trick: frequencies of 200,000 samples are the probabilities, to five standard errors
+    logits = actor.net(obs[0, 0]).detach()
+    samples = actor.act(logits.numpy(), actor.noise(200_000, generator=torch.Generator().manual_seed(1)))
+    chances = logits.softmax(-1).numpy()
+    off = np.bincount(samples, minlength=3) / len(samples) - chances
+    assert (np.abs(off) < 5 * np.sqrt(chances * (1 - chances) / len(samples))).all()
+    assert actor.act(logits.numpy(), 0.0) == int(logits.argmax())
+    assert actor.for_env(np.array([0, 2]), gym.spaces.Discrete(3, start=-1)) == [-1, 1]
+
+
 @pytest.mark.parametrize("script", [blpo, ppo])
 def test_numpy_policy_is_the_actor(script, float64):
     actor = script.Actor(5, 3, hidden=16)
     script.flatten(actor)
-    x, policy = torch.randn(7, 5), script.numpy_policy(actor.mean)
-    assert np.allclose(policy(x.numpy()), actor.mean(x).detach().numpy(), rtol=1e-12, atol=1e-14)
-    assert np.allclose(policy(x[0].numpy()), actor.mean(x[0]).detach().numpy(), rtol=1e-12, atol=1e-14)
+    x, policy = torch.randn(7, 5), script.numpy_policy(actor.net)
+    assert np.allclose(policy(x.numpy()), actor.net(x).detach().numpy(), rtol=1e-12, atol=1e-14)
+    assert np.allclose(policy(x[0].numpy()), actor.net(x[0]).detach().numpy(), rtol=1e-12, atol=1e-14)
 
 
 def test_gaussian_log_prob_and_entropy():
     actor = blpo.Actor(3, 2)
     torch.nn.init.normal_(actor.log_std)
     obs, actions = torch.randn(5, 4, 3), torch.randn(5, 4, 2)
-    normal = torch.distributions.Normal(actor.mean(obs), actor.log_std.exp())
+    normal = torch.distributions.Normal(actor.net(obs), actor.log_std.exp())
     assert torch.allclose(actor.log_prob(obs, actions), normal.log_prob(actions).sum(-1))
-    assert torch.allclose(actor.entropy(), normal.entropy()[0, 0].sum())
+    assert torch.allclose(actor.entropy(obs), normal.entropy()[0, 0].sum())
 
 
 def test_add_bounded():

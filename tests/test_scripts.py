@@ -21,13 +21,17 @@ import scipy.stats
 import torch
 
 import blpo_continuous as blpo
+import blpo_discrete
 import plot
 import ppo_continuous as ppo
+import ppo_discrete
 import run_folder
 from nystrom import nystrom_ihvp
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [ppo, blpo]
+DISCRETE = [ppo_discrete, blpo_discrete]
+NORMALISED = ["--norm-obs", "--norm-reward"]  # the default of the continuous scripts
 TINY = ["--num-envs", "4", "--num-steps", "16", "--num-minibatches", "4", "--update-epochs", "1", "--eval-episodes", "1"]
 
 
@@ -60,8 +64,8 @@ def rows(path):
 
 def load(script, folder):
     model = torch.load(folder / "model.pt", weights_only=True)
-    obs_dim = model["actor"]["mean.0.weight"].shape[1]
-    actor, critic = script.Actor(obs_dim, len(model["actor"]["log_std"])), script.Critic(obs_dim)
+    obs_dim = model["actor"]["net.0.weight"].shape[1]
+    actor, critic = script.Actor(obs_dim, len(model["actor"]["net.4.bias"])), script.Critic(obs_dim)
     actor.load_state_dict(model["actor"])
     critic.load_state_dict(model["critic"])
     return actor, critic, model
@@ -70,20 +74,37 @@ def load(script, folder):
 # Shared blocks and the diff between the scripts
 
 
-def test_shared_blocks_are_identical():
-    shared = "make_env make_envs RunningMeanStd layer_init mlp Actor numpy_policy Critic gae_matrix stacked_obs split_values gae "
-    shared += "critic_loss policy_loss flat flatten apply_gradient evaluate summary evaluate_run main"
-    for name in shared.split():
-        assert inspect.getsource(getattr(ppo, name)) == inspect.getsource(getattr(blpo, name)), name
-    text = {script: inspect.getsource(script.train) for script in SCRIPTS}
-    for first, last in (("    run = Run(args", "    generators ="), ("    def state(", "matrix = gae_matrix"), ("        if args.eval_every", "    return run.folder")):
-        blocks = [source[source.index(first) : source.index(last)] for source in text.values()]
-        assert blocks[0] == blocks[1] and len(blocks[0]) > 500
+SHARED = "make_env RunningMeanStd layer_init mlp numpy_policy Critic gae_matrix stacked_obs split_values gae critic_loss policy_loss flat "
+SHARED += "flatten apply_gradient evaluate summary evaluate_run main"
+BILEVEL = "unflat Jacobian solve_ihvp curvature implicit_weights implicit_loss hypergradient add_bounded check_args"
 
 
-def test_what_only_blpo_has_is_marked():
-    """Every block that blpo_continuous.py adds, rather than words differently, carries a `# BLPO:`."""
-    texts = [Path(script.__file__).read_text().split('"""', 2)[2].splitlines() for script in SCRIPTS]
+@pytest.mark.parametrize(
+    "first, second, names",
+    [
+        (ppo, blpo, f"{SHARED} make_envs Actor"),
+        (ppo_discrete, blpo_discrete, f"{SHARED} Actor"),
+        (ppo, ppo_discrete, f"{SHARED} check_args clipped_critic_loss"),
+        (blpo, blpo_discrete, f"{SHARED} {BILEVEL}"),
+    ],
+)
+def test_shared_blocks_are_identical(first, second, names):
+    for name in names.split():
+        assert inspect.getsource(getattr(first, name)) == inspect.getsource(getattr(second, name)), name
+    text = [inspect.getsource(script.train) for script in (first, second)]
+    blocks = [("    rewards, terminated", "    generators ="), ("    def state(", "matrix = gae_matrix")]
+    for begin, end in (*blocks, ("        if args.eval_every", "    return run.folder")):
+        parts = [source[source.index(begin) : source.index(end)] for source in text]
+        assert parts[0] == parts[1] and len(parts[0]) > 100
+    if "continuous" in first.__name__ and "discrete" in second.__name__:  # the update, too
+        parts = [source[source.index("        # Update") :] for source in text]
+        assert parts[0] == parts[1] and len(parts[0]) > 4000
+
+
+@pytest.mark.parametrize("scripts", [SCRIPTS, DISCRETE])
+def test_what_only_blpo_has_is_marked(scripts):
+    """Every block that the BLPO script adds, rather than words differently, carries a `# BLPO:`."""
+    texts = [Path(script.__file__).read_text().split('"""', 2)[2].splitlines() for script in scripts]
     for kind, _, _, first, last in difflib.SequenceMatcher(None, *texts, autojunk=False).get_opcodes():
         block = [line for line in texts[1][first:last] if line.strip()]
         if kind == "insert" and block:
@@ -91,23 +112,24 @@ def test_what_only_blpo_has_is_marked():
     assert "BLPO:" not in "".join(texts[0])
 
 
-def test_every_flag_is_read_and_documented():
-    for script in SCRIPTS:
-        source = Path(script.__file__).read_text() + Path(run_folder.__file__).read_text()
-        for name in script.Args.__dataclass_fields__:
-            assert re.search(rf"args\.{name}\b", source), name
-            assert re.search(rf'    {name}: .*\n    """\S.+"""\n', source), name
-        out, _ = run(script, "--help")
-        assert "seed of the environments" in out
+@pytest.mark.parametrize("script", SCRIPTS + DISCRETE)
+def test_every_flag_is_read_and_documented(script, capsys):
+    source = Path(script.__file__).read_text() + Path(run_folder.__file__).read_text()
+    for name in script.Args.__dataclass_fields__:
+        assert re.search(rf"args\.{name}\b", source), name
+        assert re.search(rf'    {name}: .*\n    """\S.+"""\n', source), name
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--help"])
+    assert not stop.value.code and "seed of the environments" in capsys.readouterr().out
 
 
 def test_commands_in_the_readme_are_accepted(monkeypatch):
     monkeypatch.chdir(ROOT)
     text = (ROOT / "README.md").read_text().replace("\\\n", " ").replace("$env", "Hopper-v4").replace("$seed", "1")
-    commands = re.findall(r"python (ppo|blpo)_continuous\.py([^`\n#\"]*)", text)
+    commands = re.findall(r"python (ppo|blpo)_(continuous|discrete)\.py([^`\n#\"]*)", text)
     assert len(commands) >= 6
-    for script, flags in commands:
-        script = dict(ppo=ppo, blpo=blpo)[script]
+    for algorithm, actions, flags in commands:
+        script = {script.__name__: script for script in SCRIPTS + DISCRETE}[f"{algorithm}_{actions}"]
         script.check_args(script.parse_args(script.Args, "", shlex.split(flags)))
 
 
@@ -139,10 +161,23 @@ def test_run_folder(script, tmp_path):
     assert model["config"] == config and model["obs_rms"]["count"] > 1900
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", DISCRETE)
+def test_run_folder_discrete(script, tmp_path):
+    folder = train(script, tmp_path, *TINY, "--total-timesteps", 2000)
+    assert folder.name.startswith(f"CartPole-v1__{script.__name__}__1__")
+    progress, episodes = rows(folder / "progress.csv"), rows(folder / "episodes.csv")
+    assert len(progress) == 31 and len(episodes) == progress[-1]["episodes"]
+    assert 0 < progress[-1]["entropy"] <= progress[0]["entropy"] + 1e-6 <= math.log(2) + 2e-6
+    assert all(row["length"] == row["return"] for row in episodes)
+    assert ("seconds_hypergradient" in progress[0]) == (script is blpo_discrete)
+    *_, model = load(script, folder)
+    assert "obs_rms" not in model
+
+
+@pytest.mark.parametrize("script", SCRIPTS + DISCRETE)
 def test_same_seed_same_bytes_other_seed_other_bytes(script, tmp_path):
     def progress(seed, name):
-        flags = ("--env-id", "Hopper-v4", "--total-timesteps", 1024, "--seed", seed)
+        flags = ("--env-id", "Hopper-v4" if script in SCRIPTS else "CartPole-v1", "--total-timesteps", 1024, "--seed", seed)
         table = rows(train(script, tmp_path / name, *TINY, *flags) / "progress.csv")
         return [{k: v for k, v in row.items() if "seconds" not in k and k != "sps"} for row in table]
 
@@ -298,9 +333,11 @@ def test_blpo_flags(flags, tmp_path):
         ["--clip-coef", "0.1", "--max-grad-norm", "1", "--actor-lr", "1e-4", "--critic-lr", "1e-2", "--hidden-size", "32"],
     ],
 )
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", SCRIPTS + DISCRETE)
 def test_common_flags(script, flags, tmp_path):
-    folder = train(script, tmp_path, *TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 192, *flags)
+    flags = flags if script in SCRIPTS or "--no-norm-obs" in flags else [*NORMALISED, *flags]
+    env_id = "Pendulum-v1" if script in SCRIPTS else "Acrobot-v1"
+    folder = train(script, tmp_path, *TINY, "--env-id", env_id, "--total-timesteps", 192, *flags)
     assert all(math.isfinite(row["policy_loss"]) for row in rows(folder / "progress.csv"))
     assert (folder / "evaluation.csv").exists() == ("0" not in flags[-1:])
     assert ("obs_rms" in torch.load(folder / "model.pt", weights_only=True)) == ("--no-norm-obs" not in flags)
@@ -338,6 +375,13 @@ def test_other_spaces(script, env_id, tmp_path):
     train(script, tmp_path, *TINY, "--env-id", env_id, "--total-timesteps", 128)
 
 
+@pytest.mark.parametrize("script", DISCRETE)
+@pytest.mark.parametrize("env_id", ["tests.probe_envs:ProbeGrid-v0", "FrozenLake-v1", "MountainCar-v0"])
+def test_other_discrete_spaces(script, env_id, tmp_path):
+    """A picture with actions that begin at 3, one-hot observations, no reward at all."""
+    train(script, tmp_path, *TINY, "--env-id", env_id, "--total-timesteps", 128)
+
+
 # Bad input
 
 
@@ -365,11 +409,11 @@ BAD = [
     (["--update-epochs", "0"], "--update-epochs", "at least 1"),
     (["--hidden-size", "0"], "--hidden-size", "4,096"),
     (["--num-envs", "2.5"], "--num-envs", "2.5"),
-    (["--actor-lr", "0"], "--actor-lr", "positive"),
-    (["--critic-lr", "-1"], "--critic-lr", "positive"),
-    (["--actor-lr", "nan"], "--actor-lr", "positive"),
-    (["--max-grad-norm", "inf"], "--max-grad-norm", "finite"),
-    (["--clip-coef", "0"], "--clip-coef", "positive"),
+    (["--actor-lr", "0"], "--actor-lr", "(0, 1]"),
+    (["--critic-lr", "-1"], "--critic-lr", "(0, 1]"),
+    (["--actor-lr", "nan"], "--actor-lr", "(0, 1]"),
+    (["--max-grad-norm", "inf"], "--max-grad-norm", "1,000"),
+    (["--clip-coef", "0"], "--clip-coef", "1,000"),
     (["--gamma", "1.1"], "--gamma", "[0, 1]"),
     (["--gae-lambda", "nan"], "--gae-lambda", "[0, 1]"),
     (["--ent-coef", "-1"], "--ent-coef", "positive"),
@@ -397,6 +441,13 @@ BAD_BLPO = [
     (["--implicit-clip", "0"], "--implicit-clip", "positive"),
     (["--num-minibatches", "16"], "--num-minibatches", "--num-envs"),
 ]
+BAD_DISCRETE = [
+    (["--env-id", "Pendulum-v1"], "--env-id", "_continuous.py"),
+    (["--env-id", "tests.probe_envs:ProbeManyActions-v0"], "--env-id", "Discrete"),
+    (["--num-minibatches", "3"], "--num-minibatches", "divide"),
+    (["--total-timesteps", "100"], "--total-timesteps", "512"),
+    (["--ent-coef", "-1"], "--ent-coef", "positive"),
+]
 BAD_PPO = [
     (["--vf-coef", "0"], "--vf-coef", "positive"),
     (["--trajectory-minibatches"], "--num-minibatches", "--num-envs"),
@@ -407,6 +458,7 @@ BAD_PPO = [
     *((script, *case) for script in SCRIPTS for case in BAD),
     *((blpo, *case) for case in BAD_BLPO),
     *((ppo, *case) for case in BAD_PPO),
+    *((script, *case) for script in DISCRETE for case in BAD_DISCRETE),
 ])  # fmt: skip
 def test_bad_input_is_one_line(script, flags, flag, fix, capsys, tmp_path):
     err = refused(script, capsys, "--runs-dir", tmp_path, *flags)
@@ -444,13 +496,33 @@ def test_probe_actions_and_values(script, name, steps, best, value, tmp_path):
     folder = train(script, tmp_path, *PROBE, "--env-id", env_id, "--gamma", 0.9)
     actor, critic, _ = load(script, folder)
     obs = torch.tensor(steps)[:, None]
-    assert float(actor.mean(obs).detach()[-1]) == pytest.approx(best, abs=0.15)
+    assert float(actor.net(obs).detach()[-1]) == pytest.approx(best, abs=0.15)
     spread = float(actor.log_std.exp().detach()) ** 2
     values = critic(obs).detach()
     assert float(values[-1]) == pytest.approx(value - spread, abs=0.15)  # E[(a - best)^2] = std^2
     assert float(values[0]) == pytest.approx((value - spread) * 0.9 ** (len(steps) - 1), abs=0.15)
     assert rows(folder / "evaluation.csv")[0]["return"] > 0.9
     assert rows(folder / "episodes.csv")[0]["length"] == len(steps)
+
+
+@pytest.mark.parametrize("script", DISCRETE)
+def test_probe_choices_and_values(script, tmp_path):
+    """Two steps, of which the second pays 1 for action 4 (of 3 to 5), 0 for others."""
+    folder = train(script, tmp_path, *PROBE, "--env-id", "tests.probe_envs:ProbeChoice-v0", "--gamma", 0.9, "--actor-lr", 1e-2)
+    actor, critic, _ = load(script, folder)
+    obs = torch.tensor([[0.0], [1.0]])
+    chances = actor.net(obs).softmax(-1).detach()
+    assert chances[1, 1] > 0.9 and chances.sum(-1) == pytest.approx([1.0, 1.0])
+    values = critic(obs).detach()
+    assert float(values[1]) == pytest.approx(float(chances[1, 1]), abs=0.1)
+    assert float(values[0]) == pytest.approx(0.9 * float(chances[1, 1]), abs=0.1)
+    assert rows(folder / "evaluation.csv")[0] == {"return": 1, "length": 2}
+
+
+@pytest.mark.parametrize("script", DISCRETE)
+def test_learns_to_balance_a_little(script, tmp_path):
+    folder = train(script, tmp_path, "--total-timesteps", 30_000, "--env-id", "CartPole-v1")
+    assert rows(folder / "progress.csv")[-1]["return_100"] > 80 > 40 > np.mean([row["return"] for row in rows(folder / "episodes.csv")][:50])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
