@@ -1,10 +1,15 @@
-"""Results from run folders: per-seed curves as small CSV files, a Markdown table and learning curves.
+"""From run folders to results: per-seed curves as small CSV files, a Markdown table, figures (png and pdf).
 
-    python plot.py --runs-dir runs          # runs/ -> results/ (finished runs only), then results/ -> table and figure
-    python plot.py                          # only results/ -> table and figure
+    python plot.py --runs-dir runs          # runs/ -> results/ (finished runs only), then results/ -> table and figures
+    python plot.py                          # only results/ -> table and figures
 
-results/{env_id}__{exp_name}__{seed}.csv holds about 200 points of (global_step, return_100), the mean return of the last 100
-training episodes; results/summary.csv a line per run with its final return_100, its deterministic evaluation, versions and flags.
+results/{env_id}__{exp_name}__{seed}.csv holds about 200 points of a run: the mean return of the last 100 training episodes,
+the seconds it took so far (with whatever else the machine did), BLPO's diagnostics. results/summary.csv has a line per run
+with its final return_100, its deterministic evaluation, versions and flags; results/speed.csv, if there, is from speed.py.
+
+Statistics: seeds are the unit. Bands and intervals are 95 %: bootstrap over seeds for curves and aggregates, Student's t for
+the mean of a cell, Welch's for differences. Aggregates normalise a return by the environment: 0 is the first point of all
+runs, 1 the final mean of "PPO, matched"; IQM is the mean of the middle half; P(BLPO > x) counts pairs of runs.
 """
 
 import csv
@@ -21,18 +26,28 @@ import numpy as np
 import scipy.stats
 import tyro
 
-# exp_name: colour, line style, label; other names get the next colour. Okabe-Ito colours, readable in grey by their line style; a method looks the same everywhere.
+# exp_name: colour, line style, label; other names come after these. Okabe-Ito colours, told apart in grey by their line style.
 STYLES = {
-    "blpo": ("#0072B2", "-", "BLPO (exact)"),
-    "blpo-released": ("#56B4E9", "--", "BLPO (released)"),
+    "blpo": ("#0072B2", "-", "BLPO"),
+    "blpo-released": ("#56B4E9", "--", "BLPO, released term"),
+    "blpo-cg": ("#CC79A7", (0, (3, 1, 1, 1)), "BLPO with CG"),
+    "blpo-pcg": ("#F0E442", (0, (3, 1, 1, 1, 1, 1)), "BLPO with preconditioned CG"),
     "control": ("#E69F00", "-.", "control: plain advantage"),
     "nested": ("#009E73", ":", "nesting only"),
     "ppo-matched": ("#000000", (0, (5, 1)), "PPO, matched"),
+    "ppo": ("#D55E00", (0, (1, 2)), "PPO, CleanRL's flags"),
 }
+CURVE = ("global_step", "return_100", "wall_seconds", "implicit_cosine", "implicit_norm_ratio", "ihvp_correction")
+PRIVATE = ("runs_dir", "env_id", "exp_name", "seed", "checkpoint_every", "resume", "evaluate", "eval_every", "capture_video", "track")
 
 
 def style(method):
     return STYLES.get(method, (None, "-", method))
+
+
+def rank(method):
+    """Order of the methods in tables and legends: as in STYLES, then the others."""
+    return list(STYLES).index(method) if method in STYLES else len(STYLES), method
 
 
 @dataclass
@@ -41,13 +56,8 @@ class Args:
     """folder of run folders whose finished runs are added to results_dir first"""
     results_dir: str = "results"
     """folder of the per-seed CSV files"""
-    figure: str = "figures/continuous.png"
-    """the figure to write"""
-
-
-def rank(method):
-    """Order of the methods in the table and the legend: as in STYLES, then the others."""
-    return list(STYLES).index(method) if method in STYLES else len(STYLES), method
+    figures_dir: str = "figures"
+    """folder of the figures to write"""
 
 
 def read(path):
@@ -73,14 +83,16 @@ def export(runs_dir: Path, results_dir: Path):
         row = dict(zip(("env_id", "exp_name", "seed"), name)) | {"global_step": last["global_step"]}
         row |= {"return_100": round(float(last["return_100"]), 2), "eval_return": round(float(np.mean(returns)), 2)}
         row |= {"wall_seconds": last["wall_seconds"], "sps": last["sps"]} | config["versions"]
-        row["flags"] = json.dumps({k: v for k, v in flags.items() if k not in ("runs_dir", "env_id", "exp_name", "seed")})
-        if (others := {r["flags"] for r in summary.values() if (r["env_id"], r["exp_name"]) == name[:2]} - {row["flags"]}):
-            sys.exit(f"error: {folder.name} has other flags than the runs of that name in {results_dir}: {row['flags']}, not {others.pop()}")
+        row["flags"] = json.dumps(flags := {k: v for k, v in flags.items() if k not in PRIVATE})
+        for other in (json.loads(r["flags"]) for r in summary.values() if (r["env_id"], r["exp_name"]) == name[:2]):
+            if changed := [f"--{k} {flags[k]}, not {other[k]}" for k in flags.keys() & other.keys() if flags[k] != other[k]]:
+                sys.exit(f"error: {folder.name} has other flags than the runs of that name in {results_dir}: {', '.join(sorted(changed))}")
         summary[name] = row
         keep = np.unique(np.linspace(0, len(progress) - 1, 200).astype(int))
+        columns = [column for column in CURVE if column in last]
         with open(results_dir / ("__".join(name) + ".csv"), "w") as file:
-            file.write("global_step,return_100\n")
-            file.writelines(f"{progress[i]['global_step']},{float(progress[i]['return_100']):.2f}\n" for i in keep)
+            file.write(",".join(columns) + "\n")
+            file.writelines(",".join(f"{float(progress[i][column]):.6g}" for column in columns) + "\n" for i in keep)
     columns = list(dict.fromkeys(column for row in summary.values() for column in row))
     with open(summary_path, "w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
@@ -88,57 +100,178 @@ def export(runs_dir: Path, results_dir: Path):
         writer.writerows(summary[key] for key in sorted(summary))
 
 
+def grouped(summary):
+    """Final returns of the seeds, by environment and method, in the order of tables and legends."""
+    finals = defaultdict(list)
+    for row in sorted(summary, key=lambda row: (row["env_id"], rank(row["exp_name"]), int(row["seed"]))):
+        finals[row["env_id"], row["exp_name"]].append(float(row["return_100"]))
+    return {key: np.array(values) for key, values in finals.items()}
+
+
+def beats(x, y) -> float:
+    """P(X > Y) over all pairs of runs, ties counted half."""
+    return float(scipy.stats.mannwhitneyu(x, y).statistic) / (len(x) * len(y))
+
+
 def table(summary) -> str:
-    """Markdown: mean ± standard deviation over seeds of the last 100 training episodes and of the evaluation, and how far
-    BLPO is ahead in the former, as Welch's 95 % confidence interval."""
-    lines = ["| environment | method | seeds | last 100 training episodes | BLPO (exact) minus this, 95 % | each seed | deterministic evaluation |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    groups = defaultdict(list)
+    """Markdown: a line per environment and method, final training returns over seeds and how far BLPO is ahead."""
+    lines = ["| environment | method | seeds | return, last 100 training episodes | BLPO minus this | P(BLPO > this) | each seed | deterministic evaluation |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    finals, evaluations = grouped(summary), defaultdict(list)
     for row in summary:
-        groups[row["env_id"], row["exp_name"]].append(row)
-    spread = lambda x: f"{np.mean(x):,.0f} ± {np.std(x, ddof=1):,.0f}" if len(x) > 1 else f"{x[0]:,.0f}"
-    finals = {key: [float(row["return_100"]) for row in rows] for key, rows in groups.items()}
-    for (env_id, method), rows in sorted(groups.items(), key=lambda item: (item[0][0], rank(item[0][1]))):
-        final, blpo, ahead = finals[env_id, method], finals.get((env_id, "blpo"), []), ""
-        if method != "blpo" and min(len(final), len(blpo)) > 1 and np.std(final) * np.std(blpo) > 0:
+        evaluations[row["env_id"], row["exp_name"]].append(float(row["eval_return"]))
+
+    def digits(x):
+        return f"{x:,.0f}" if max(abs(v).max() for (env, _), v in finals.items() if env == env_id) >= 1000 else f"{x:,.1f}"
+
+    for (env_id, method), final in finals.items():
+        blpo, ahead, chance, spread = finals.get((env_id, "blpo"), []), "", "", ""
+        if len(final) > 1:
+            spread = f" ± {digits(scipy.stats.t.ppf(0.975, len(final) - 1) * scipy.stats.sem(final))}"
+        if method != "blpo" and min(len(final), len(blpo)) > 1 and np.std(final) + np.std(blpo) > 0:
             interval = scipy.stats.ttest_ind(blpo, final, equal_var=False).confidence_interval()
-            ahead = f"{interval.low:+,.0f} to {interval.high:+,.0f}"
-        each, evaluation = ", ".join(f"{x:,.0f}" for x in final), [float(row["eval_return"]) for row in rows]
-        lines.append(f"| {env_id} | {style(method)[2]} | {len(rows)} | {spread(final)} | {ahead} | {each} | {spread(evaluation)} |")
+            ahead, chance = f"{digits(interval.low)} to {digits(interval.high)}", f"{beats(blpo, final):.2f}"
+        each, evaluation = ", ".join(map(digits, final)), digits(np.mean(evaluations[env_id, method]))
+        cells = (env_id, style(method)[2], len(final), digits(final.mean()) + spread, ahead, chance, each, evaluation)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
-def draw(results_dir: Path, summary, figure: Path):
-    """A panel per environment: mean over seeds, thin lines for the seeds themselves."""
-    environments = sorted({row["env_id"] for row in summary}, reverse=True)
-    fig, axes = plt.subplots(1, len(environments), figsize=(5.2 * len(environments), 4.8), squeeze=False)
-    for axis, env_id in zip(axes[0], environments):
-        for method in sorted({row["exp_name"] for row in summary if row["env_id"] == env_id}, key=rank):
+def bootstrap(finals, statistic, resamples=2000):
+    """95 % interval of statistic({key: values}) when the seeds of every key are drawn again, with replacement."""
+    rng = np.random.default_rng(0)
+    draws = [statistic({key: rng.choice(x, len(x)) for key, x in finals.items()}) for _ in range(resamples)]
+    return np.nanpercentile(draws, [2.5, 97.5])
+
+
+def aggregate(summary, first) -> dict:
+    """Per method with at least two seeds: IQM of normalised returns and P(BLPO > method), mean over environments, each
+    (value, low, high), and over which environments. `first` is an environment's return at the first point."""
+    finals, result = {key: x for key, x in grouped(summary).items() if len(x) > 1}, {}
+    for method in sorted({method for _, method in finals}, key=rank):
+        common = [env for env, m in finals if m == method and (env, "ppo-matched") in finals and (env, "blpo") in finals]
+        if not common:
+            continue
+        unit = {env: finals[env, "ppo-matched"].mean() - first[env] for env in common}
+
+        def iqm(draw):
+            return scipy.stats.trim_mean(np.concatenate([(draw[env, method] - first[env]) / unit[env] for env in common]), 0.25)
+
+        def chance(draw):
+            return np.mean([beats(draw[env, "blpo"], draw[env, method]) for env in common])
+
+        used = {key: x for key, x in finals.items() if key[0] in common and key[1] in (method, "blpo")}
+        result[method] = {"environments": common, "iqm": (iqm(used), *bootstrap(used, iqm))}
+        if method != "blpo":
+            result[method]["chance"] = (chance(used), *bootstrap(used, chance))
+    return result
+
+
+def save(fig, figures_dir: Path, name: str):
+    figures_dir.mkdir(parents=True, exist_ok=True)
+    for suffix in ("png", "pdf"):
+        fig.savefig(figures_dir / f"{name}.{suffix}", dpi=120, bbox_inches="tight", metadata={"CreationDate": None} if suffix == "pdf" else None)
+    plt.close(fig)
+
+
+def panels(count: int):
+    columns = min(count, 4)
+    fig, axes = plt.subplots(-(-count // columns), columns, figsize=(4.4 * columns, 3.4 * -(-count // columns)), squeeze=False)
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    return fig, axes.flat[:count]
+
+
+def draw_curves(curves, x, y, xlabel, ylabel, scale):
+    """A panel per environment of y against x: mean over seeds, 95 % bootstrap band."""
+    environments = list(dict.fromkeys(env for env, _ in curves))
+    fig, axes = panels(len(environments))
+    for axis, env_id in zip(axes, environments):
+        for method, runs in ((m, runs) for (env, m), runs in curves.items() if env == env_id):
             colour, line, label = style(method)
-            rows = [row for row in summary if (row["env_id"], row["exp_name"]) == (env_id, method)]
-            curves = [read(results_dir / f"{env_id}__{method}__{row['seed']}.csv") for row in rows]
-            curves = [np.array([[float(p["global_step"]), float(p["return_100"])] for p in curve]).T for curve in curves]
-            steps = max((curve[0] for curve in curves), key=len)
-            returns = np.array([np.interp(steps, *curve, right=np.nan) for curve in curves])  # a short run ends where it ends
-            (mean,) = axis.plot(steps / 1e6, returns.mean(0), color=colour, linestyle=line, linewidth=2, label=f"{label} (n = {len(rows)})")
-            axis.plot(steps / 1e6, returns.T, color=mean.get_color(), linewidth=0.5, alpha=0.45)
-        axis.set(title=env_id, xlabel="environment steps (millions)", xlim=(0, None))
+            runs = [run for run in runs if y in run]
+            if not runs:
+                continue
+            grid = np.linspace(max(run[x][0] for run in runs), min(run[x][-1] for run in runs), 200)  # what all runs reach
+            values = np.array([np.interp(grid, run[x], run[y]) for run in runs])
+            (mean,) = axis.plot(grid / scale, values.mean(0), color=colour, linestyle=line, linewidth=1.8, label=f"{label} (n = {len(runs)})")
+            if len(runs) > 1:
+                band = scipy.stats.bootstrap((values,), np.mean, axis=0, method="percentile", n_resamples=1000, rng=0).confidence_interval
+                axis.fill_between(grid / scale, band.low, band.high, color=mean.get_color(), alpha=0.15, linewidth=0)
+        axis.set(title=env_id, xlabel=xlabel, xlim=(0, None))
         axis.grid(alpha=0.25)
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=8, frameon=False)
-    axes[0, 0].set_ylabel("return, mean of the last 100 episodes")
+        axis.legend(fontsize=7, frameon=False)
+    axes[0].set_ylabel(ylabel)
     fig.tight_layout()
-    figure.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(figure, dpi=120)
+    return fig
+
+
+def draw_aggregate(result):
+    fig, axes = plt.subplots(1, 2, figsize=(9, 0.5 * len(result) + 1.4), sharey=True)
+    for row, (method, values) in enumerate(reversed(result.items())):
+        for axis, (value, low, high) in zip(axes, (values[name] for name in ("iqm", "chance") if name in values)):
+            axis.plot([low, high], [row, row], color=style(method)[0], linewidth=6, alpha=0.35)
+            axis.plot(value, row, "o", color=style(method)[0])
+    axes[0].set(yticks=range(len(result)), ylim=(-0.6, len(result) - 0.4), xlabel="IQM of normalised returns (PPO, matched = 1)")
+    axes[0].set_yticklabels([f"{style(m)[2]} ({len(v['environments'])} env.)" for m, v in reversed(result.items())])
+    axes[1].set(xlabel="P(BLPO > this), pairs of runs", xlim=(0, 1))
+    axes[1].axvline(0.5, color="grey", linewidth=0.8)
+    for axis in axes:
+        axis.grid(alpha=0.25)
+    fig.tight_layout()
+    return fig
+
+
+def draw_runtime(rows):
+    """Time per step by phase, relative to the whole of PPO's, from results/speed.csv."""
+    phases = [column.removesuffix("_ms") for column in rows[0] if column.endswith("_ms")]
+    base = next((float(row["sps"]) for row in rows if row["name"] == "ppo-matched"), float(rows[-1]["sps"]))
+    fig, axis = plt.subplots(figsize=(7, 0.45 * len(rows) + 1.6))
+    for y, row in enumerate(reversed(rows)):
+        parts = np.array([float(row[f"{phase}_ms"] or 0) for phase in phases])
+        parts = parts / max(parts.sum(), 1e-9) * base / float(row["sps"])
+        left = np.concatenate([[0], parts.cumsum()])
+        for i, (phase, part) in enumerate(zip(phases, parts)):
+            grey, hatch = str(0.25 + 0.6 * i / max(len(phases) - 1, 1)), ("", "//", "", "..", "", "xx")[i % 6]
+            axis.barh(y, part, left=left[i], color=grey, hatch=hatch, edgecolor="white", label=phase if y == 0 else None)
+        axis.text(left[-1] + 0.02, y, f"{left[-1]:.2f}", va="center", fontsize=8)
+    axis.set(yticks=range(len(rows)), xlabel="time per environment step, relative to PPO, matched")
+    axis.set_yticklabels([style(row["name"])[2] for row in reversed(rows)])
+    axis.legend(fontsize=7, ncols=len(phases), frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    fig.tight_layout()
+    return fig
 
 
 if __name__ == "__main__":
     matplotlib.use("Agg")
     args = tyro.cli(Args, description=__doc__)
-    results = Path(args.results_dir)
+    results, figures = Path(args.results_dir), Path(args.figures_dir)
     if args.runs_dir:
         export(Path(args.runs_dir), results)
     summary = read(results / "summary.csv") if (results / "summary.csv").exists() else []
     if not summary:
         sys.exit(f"error: no results in {results}: name a folder with finished runs by --runs-dir")
+    curves, missing = defaultdict(list), {(env, method): len(x) for (env, method), x in grouped(summary).items()}
+    for row in sorted(summary, key=lambda row: (row["env_id"], rank(row["exp_name"]), int(row["seed"]))):
+        points = read(results / f"{row['env_id']}__{row['exp_name']}__{row['seed']}.csv")
+        curves[row["env_id"], row["exp_name"]].append({k: np.array([float(p[k]) for p in points]) for k in points[0]})
     print(table(summary))
-    draw(results, summary, Path(args.figure))
+    if few := [f"{env} {style(method)[2]} ({n})" for (env, method), n in missing.items() if n < max(missing.values())]:
+        print(f"\nfewer seeds than others: {', '.join(few)}")
+    first = {env: np.mean([run["return_100"][np.isfinite(run["return_100"])][0] for (e, _), runs in curves.items() if e == env for run in runs]) for env, _ in curves}
+    label = "return, mean of the last 100 episodes"
+    save(draw_curves(curves, "global_step", "return_100", "environment steps (millions)", label, 1e6), figures, "curves")
+    save(draw_curves(curves, "wall_seconds", "return_100", "wall-clock time (minutes)", label, 60), figures, "time")
+    bilevel = {key: runs for key, runs in curves.items() if any("ihvp_correction" in run for run in runs)}
+    for name, what in dict(implicit_cosine="cosine of implicit term and policy gradient", implicit_norm_ratio="norm of implicit term / policy gradient",
+                           ihvp_correction="‖x − v/ρ‖ / ‖v/ρ‖").items():  # fmt: skip
+        if bilevel:
+            save(draw_curves(bilevel, "global_step", name, "environment steps (millions)", what, 1e6), figures, name)
+    if result := aggregate(summary, first):
+        print("\n| over the environments that have all of BLPO, PPO matched and the method | IQM of normalised returns | P(BLPO > this) |\n|---|---|---|")
+        for method, values in result.items():
+            cells = ["{:.2f} ({:.2f} to {:.2f})".format(*values[name]) if name in values else "" for name in ("iqm", "chance")]
+            print(f"| {style(method)[2]} ({len(values['environments'])}) | {' | '.join(cells)} |")
+        save(draw_aggregate(result), figures, "aggregate")
+    if (results / "speed.csv").exists():
+        save(draw_runtime(read(results / "speed.csv")), figures, "runtime")

@@ -34,6 +34,8 @@ class Args:
     """how often each command is run"""
     steps: int = 102_400
     """environment steps of each run: --total-timesteps STEPS is appended to every command"""
+    csv: str = ""
+    """file to write the rows to as well (results/speed.csv is what plot.py draws), named by each command's --exp-name"""
 
 
 def measure(command: str, steps: int):
@@ -79,6 +81,7 @@ if __name__ == "__main__":
     if min(args.turns, args.steps, len(args.commands)) < 1:
         sys.exit("error: name at least one command, and keep --turns and --steps at 1 or more")
     results = [[measure(command, args.steps) for command in args.commands] for _ in range(args.turns)]
+    table = []
     print(f"| command | SPS | ratio | MiB | {' | '.join(f'{phase}, ms' for phase in PHASES)} |")
     print("|---" * (4 + len(PHASES)) + "|")
     for i, command in enumerate(args.commands):
@@ -86,4 +89,12 @@ if __name__ == "__main__":
         ratio = statistics.median(turn[i][0] / turn[-1][0] for turn in results)
         memory = max(turn[i][1] for turn in results)
         spent = [statistics.median(turn[i][2].get(phase, 0) for turn in results) for phase in PHASES]
+        name = (re.findall(r"--exp-name[ =](\S+)", command) or [command])[0]
+        table.append({"name": name, "sps": round(rate, 1), "ratio": round(ratio, 4), "mib": round(memory)})
+        table[-1] |= {f"{phase}_ms": round(ms, 2) for phase, ms in zip(PHASES, spent)}
         print(f"| `{command}` | {rate:,.0f} | {ratio:.2f} | {memory:.0f} | {' | '.join(f'{ms:.0f}' if ms else '' for ms in spent)} |")
+    if args.csv:
+        with open(args.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, table[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(table)

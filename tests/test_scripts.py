@@ -250,35 +250,54 @@ def test_plot_from_runs_to_table_and_figure(tmp_path):
         train(script, tmp_path / "runs", *TINY, "--env-id", "Pendulum-v1", "--total-timesteps", steps, "--seed", seed)
     (tmp_path / "runs" / "killed").mkdir()
     (tmp_path / "runs" / "killed" / "config.json").write_text("{}")
-    command = [sys.executable, f"{ROOT}/plot.py", "--results-dir", tmp_path / "results", "--figure", tmp_path / "figures" / "f.png"]
+    figures = tmp_path / "figures"
+    command = [sys.executable, f"{ROOT}/plot.py", "--results-dir", tmp_path / "results", "--figures-dir", figures]
     empty = subprocess.run(command, capture_output=True, text=True)
     assert empty.returncode == 1 and "--runs-dir" in empty.stderr and empty.stderr.count("\n") == 1
     first = subprocess.run([*command, "--runs-dir", tmp_path / "runs"], capture_output=True, text=True, check=True)
-    assert "left out: killed" in first.stdout
+    assert "left out: killed" in first.stdout and "fewer seeds than others: Pendulum-v1 ppo_continuous (1)" in first.stdout
     assert "| Pendulum-v1 | blpo_continuous | 2 |" in first.stdout and "| Pendulum-v1 | ppo_continuous | 1 |" in first.stdout
     again = subprocess.run(command, capture_output=True, text=True, check=True)  # from results/ alone
     assert again.stdout == first.stdout.split("\n", 1)[1]
-    assert (tmp_path / "figures" / "f.png").stat().st_size > 10_000
+    names = {"curves", "time", "implicit_cosine", "implicit_norm_ratio", "ihvp_correction"}
+    assert {path.name for path in figures.iterdir()} == {f"{name}.{suffix}" for name in names for suffix in ("png", "pdf")}
+    assert all(path.stat().st_size > 8_000 for path in figures.iterdir())
     next((tmp_path / "runs").glob("*blpo*__2__*")).rename(tmp_path / "runs" / "again")
     config = (tmp_path / "runs" / "again" / "config.json").read_text()
     (tmp_path / "runs" / "again" / "config.json").write_text(config.replace('"gamma": 0.99', '"gamma": 0.9'))
     progress = (tmp_path / "runs" / "again" / "progress.csv").read_text().splitlines(keepends=True)
     (tmp_path / "runs" / "again" / "progress.csv").write_text("".join(progress[:5]))  # seen below if it were exported
     mixed = subprocess.run([*command, "--runs-dir", tmp_path / "runs"], capture_output=True, text=True)
-    assert mixed.returncode == 1 and "other flags" in mixed.stderr and mixed.stderr.count("\n") == 1
+    assert mixed.returncode == 1 and "other flags" in mixed.stderr and "--gamma 0.9, not 0.99" in mixed.stderr and mixed.stderr.count("\n") == 1
     curve = rows(tmp_path / "results" / "Pendulum-v1__blpo_continuous__2.csv")
-    assert curve[-1]["global_step"] == 896 and curve[-1]["return_100"] < 0
+    assert curve[-1]["global_step"] == 896 and curve[-1]["return_100"] < 0 and curve[-1]["wall_seconds"] > 0
+
+
+def results_of(returns):
+    """A summary with the given final returns by method, of one environment."""
+    row = lambda method, seed, final: dict(env_id="E", exp_name=method, seed=seed, return_100=final, eval_return=final)
+    return [row(method, i, x) for method, finals in returns.items() for i, x in enumerate(finals)]
 
 
 def test_table_says_how_far_blpo_is_ahead():
-    row = lambda method, seed, final: dict(env_id="E", exp_name=method, seed=seed, return_100=final, eval_return=final)
-    summary = [row("blpo", i, x) for i, x in enumerate((10.0, 12.0, 14.0))] + [row("nested", i, x) for i, x in enumerate((1.0, 3.0, 8.0))]
-    text = plot.table([*summary, row("control", 1, 5.0), row("ppo-matched", 1, 7.0), row("ppo-matched", 2, 7.0)])
-    # Welch by hand: 12 - 4 = 8, variances 4 and 13 over 3 seeds each, 3.13 degrees of freedom, t = 3.11
-    a, b = 4 / 3, 13 / 3
+    text = plot.table(results_of({"blpo": (10.0, 12.0, 14.0), "nested": (1.0, 3.0, 13.0), "control": (5.0,), "ppo-matched": (7.0, 7.0)}))
+    # Welch by hand: 12 - 17 / 3, variances 4 and 124 / 3 over 3 seeds each
+    a, b, lead = 4 / 3, 124 / 9, 12 - 17 / 3
     half = scipy.stats.t.ppf(0.975, (a + b) ** 2 / (a**2 / 2 + b**2 / 2)) * math.sqrt(a + b)
-    assert f"| E | nesting only | 3 | 4 ± 4 | {8 - half:+,.0f} to {8 + half:+,.0f} | 1, 3, 8 | 4 ± 4 |" in text
-    assert "| E | control: plain advantage | 1 | 5 |  | 5 | 5 |" in text and "| E | PPO, matched | 2 | 7 ± 0 |  | 7, 7 | 7 ± 0 |" in text
+    spread = scipy.stats.t.ppf(0.975, 2) * math.sqrt(b)
+    # of nine pairs BLPO wins seven: 10 and 12 lose against 13
+    assert f"| E | nesting only | 3 | 5.7 ± {spread:.1f} | {lead - half:.1f} to {lead + half:.1f} | 0.78 | 1.0, 3.0, 13.0 | 5.7 |" in text
+    assert "| E | control: plain advantage | 1 | 5.0 |  |  | 5.0 | 5.0 |" in text and "| E | PPO, matched | 2 | 7.0 ± 0.0 |" in text
+
+
+def test_aggregates_by_hand():
+    summary = results_of({"blpo": (20.0, 30.0, 40.0, 1000.0), "nested": (10.0, 10.0), "ppo-matched": (20.0, 20.0)})
+    result = plot.aggregate(summary, {"E": 10.0})
+    assert list(result) == ["blpo", "nested", "ppo-matched"]
+    value, low, high = result["blpo"]["iqm"]  # (x - 10) / 10 = 1, 2, 3, 99, of which the middle half is 2 and 3
+    assert value == pytest.approx(2.5) and 1 <= low < 2.5 < high <= 99 and "chance" not in result["blpo"]
+    assert result["nested"]["iqm"] == pytest.approx((0, 0, 0)) and result["nested"]["chance"] == pytest.approx((1, 1, 1))
+    assert result["ppo-matched"]["chance"][0] == pytest.approx((0.5 + 3) / 4)
 
 
 def test_speed_side_by_side(tmp_path):
@@ -287,8 +306,13 @@ def test_speed_side_by_side(tmp_path):
         "import time\nfor i in range(1, 6):\n    time.sleep(0.2)\n    print(f'global_step={1000 * i}, episodic_return=[1.]')\n    print('SPS:', 1)\n"
     )
     ours = f"{sys.executable} {ROOT}/ppo_continuous.py --env-id Pendulum-v1 --num-steps 64 --num-minibatches 2"
-    speed = [sys.executable, ROOT / "speed.py", ours, f"{sys.executable} {other}", "--steps", "640", "--turns", "2"]
+    speed = [sys.executable, ROOT / "speed.py", ours, f"{sys.executable} {other}", "--steps", "640", "--turns", "2", "--csv", tmp_path / "speed.csv"]
     out = subprocess.run(speed, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.splitlines()
+    table = list(csv.DictReader(open(tmp_path / "speed.csv")))
+    assert [row["name"] for row in table] == [ours, f"{sys.executable} {other}"] and float(table[0]["env_ms"]) > 0
+    plot.plt.switch_backend("Agg")
+    plot.save(plot.draw_runtime(table), tmp_path, "runtime")
+    assert (tmp_path / "runtime.png").stat().st_size > 5_000
     assert len(out) == 4 and out[2].startswith(f"| `{ours}` |") and out[3].startswith(f"| `{sys.executable} {other}` |")
     mine, theirs = ([float(cell.replace(",", "")) for cell in line.split("|")[2:-1] if cell.strip()] for line in out[2:])
     assert 100 < mine[2] < 2_000 and 5 < theirs[2] < 100  # MiB

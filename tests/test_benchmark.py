@@ -1,0 +1,117 @@
+"""benchmark.sh end to end, killed, raced, interrupted, and with hostile names."""
+
+import csv
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.test_scripts import ROOT
+
+TINY = "--num-envs 4 --num-steps 16 --num-minibatches 4 --update-epochs 1 --eval-episodes 1"
+
+
+def benchmark(tmp_path, *flags, **settings):
+    settings = dict(PYTHON=sys.executable, RUNS_DIR=str(tmp_path / "runs"), FLAGS=TINY, JOBS="2") | settings
+    return subprocess.Popen(
+        ["bash", f"{ROOT}/benchmark.sh", *flags], env=os.environ | settings, text=True, cwd=tmp_path,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process, status=0):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == status, out + err
+    return out, err
+
+
+def finished(tmp_path):
+    return sorted(path.parent.name.rsplit("__", 1)[0] for path in tmp_path.glob("runs/*/evaluation.csv"))
+
+
+def names(envs, methods):
+    return sorted(f"{env}__{method}__{seed}" for env in envs.split() for method in methods.split() for seed in (1, 2))
+
+
+def test_end_to_end_with_a_failure(tmp_path):
+    settings = dict(ENVS="Pendulum-v1 CartPole-v1 No-v0", SEEDS="1 2", STEPS="960", METHODS="ppo-matched blpo")
+    out, err = finish(benchmark(tmp_path, **settings), status=1)
+    assert finished(tmp_path) == names("Pendulum-v1 CartPole-v1", "ppo-matched blpo")
+    assert "8 of 12 done" in out and "0 running, 4 failed" in out and "min left" in out
+    assert err.count("failed: No-v0__") == 4 and err.count("error: --env-id No-v0") == 4
+    assert "| Pendulum-v1 | BLPO | 2 |" in out and "| CartPole-v1 | PPO, matched | 2 |" in out
+    figures = {path.name for path in (tmp_path / "runs" / "figures").iterdir()}
+    assert {"curves.png", "curves.pdf", "time.png", "aggregate.png", "implicit_cosine.png"} <= figures
+    with open(tmp_path / "runs" / "results" / "summary.csv") as file:
+        assert len(list(csv.DictReader(file))) == 8
+    # nothing is left but the failures; no run is repeated
+    out, _ = finish(benchmark(tmp_path, "--dry-run", **settings))
+    assert out.count("\n") == out.count("--env-id=No-v0") == 4
+    before = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    finish(benchmark(tmp_path, **settings | dict(ENVS="Pendulum-v1 CartPole-v1")))
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == before
+    # other settings are other jobs
+    out, _ = finish(benchmark(tmp_path, "--dry-run", **settings | dict(STEPS="1920", METHODS="blpo", SEEDS="1", ENVS="Pendulum-v1")))
+    assert shlex.split(out)[1:] == [f"{ROOT}/blpo_continuous.py", "--env-id=Pendulum-v1", "--exp-name=blpo", "--seed=1",
+                                    "--total-timesteps=1920", f"--runs-dir={tmp_path}/runs", *TINY.split()]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_killed_or_interrupted_and_started_again_by_two(number, tmp_path):
+    """No job lost, none run twice: one folder per job, although two invocations share the second half of the work."""
+    settings = dict(ENVS="Pendulum-v1", SEEDS="1 2", STEPS="12800", FLAGS=f"{TINY} --checkpoint-every 5")
+    first = benchmark(tmp_path, **settings)
+    deadline = time.time() + 120
+    while len(finished(tmp_path)) < 2:
+        assert time.time() < deadline and first.poll() is None
+        time.sleep(0.05)
+    if number == signal.SIGKILL:  # its jobs live on, and keep their locks
+        first.kill()
+        first.communicate()
+    else:
+        os.killpg(first.pid, number)  # as Ctrl-C in a terminal
+        _, err = finish(first, status=130)
+        assert "start again to go on" in err
+        assert not subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout
+    again = [benchmark(tmp_path, **settings) for _ in range(2)]
+    for process in again:
+        finish(process)
+    assert finished(tmp_path) == names("Pendulum-v1", "ppo-matched nested blpo") and len(list(tmp_path.glob("runs/*/config.json"))) == 6
+    for path in tmp_path.glob("runs/*/progress.csv"):
+        with open(path) as file:
+            assert [int(row["global_step"]) for row in csv.DictReader(file)] == [64 * (i + 1) for i in range(200)]
+
+
+def test_names_are_data(tmp_path):
+    hostile = ["a b $(touch pwned) `touch pwned`; touch pwned", "--help", "'\"*", "../x"]
+    settings = dict(ENVS="\n".join(hostile), METHODS="nested", SEEDS="1", STEPS="640")
+    out, _ = finish(benchmark(tmp_path, "--dry-run", **settings))
+    assert [next(word for word in shlex.split(line) if word.startswith("--env-id"))[9:] for line in out.splitlines()] == hostile
+    _, err = finish(benchmark(tmp_path, **settings), status=1)
+    assert err.count("error: --env-id") == 4 and not list(tmp_path.glob("**/pwned")) and {p.name for p in tmp_path.iterdir()} == {"runs"}
+
+
+@pytest.mark.parametrize("setting", ["METHODS=best", "SEEDS=one", "STEPS=-1", "JOBS=0", "LAUNCHER=moon", "PYTHON=/nowhere/python"])
+def test_bad_settings_are_one_line(setting, tmp_path):
+    name, value = setting.split("=")
+    _, err = finish(benchmark(tmp_path, **{name: value}), status=2)
+    assert err.startswith("error: ") and name in err and value in err and err.count("\n") == 1
+    assert "LAUNCHER" not in finish(benchmark(tmp_path, "--dri-run"), status=2)[1]
+
+
+def test_slurm_submits_one_array(tmp_path):
+    """Against a stand-in that keeps its arguments and runs one element; tests/slurm.sh does it with a real Slurm."""
+    (tmp_path / "bin").mkdir()
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {tmp_path}/arguments\nSLURM_ARRAY_TASK_ID=2 bash -c "${{@: -1}}" >&2\necho 7\n')
+    sbatch.chmod(0o755)
+    settings = dict(LAUNCHER="slurm", PARTITION="cpu", SBATCH="--time=1:00", ENVS="Pendulum-v1", STEPS="640", SEEDS="1 2", PATH=f"{sbatch.parent}:{os.environ['PATH']}")
+    out, err = finish(benchmark(tmp_path, **settings))
+    arguments = (tmp_path / "arguments").read_text().splitlines()
+    assert "Slurm array 7 of 6 jobs" in out and {"--array=0-5%2", "--partition=cpu", "--time=1:00", "--cpus-per-task=1"} <= set(arguments)
+    assert finished(tmp_path) == ["Pendulum-v1__blpo__1"], err
