@@ -121,7 +121,10 @@ if [[ $LAUNCHER == slurm ]]; then
 fi
 
 declare -A running=() # process id -> job
-queue=("${!jobs[@]}") later=() failed=() finished=0 fresh=0 mode=now began=$SECONDS
+queue=() later=() failed=() finished=0 fresh=0 mode=now began=$SECONDS
+for i in "${!jobs[@]}"; do
+    if plan "$i"; then queue+=("$i"); else finished=$((finished + 1)); fi
+done
 stop() {
     trap '' INT TERM
     echo "stopping ${#running[@]} jobs at the end of their iterations; start again to go on" >&2
@@ -139,15 +142,14 @@ report() {
     fi
     echo "$finished of ${#jobs[@]} done, ${#running[@]} running, ${#failed[@]} failed$left"
 }
+report
 while ((${#queue[@]} + ${#later[@]} + ${#running[@]})); do
     if ((${#queue[@]} == 0 && ${#running[@]} == 0)); then queue=("${later[@]}") later=() mode=wait; fi # others have had their turn
     while ((${#queue[@]} && ${#running[@]} < JOBS)); do
         job=${queue[0]} queue=("${queue[@]:1}")
-        if ! plan "$job"; then finished=$((finished + 1)); continue; fi
         (work "$job" "$mode") &
         running[$!]=$job
     done
-    ((${#running[@]})) || continue
     status=0 pid=
     wait -n -p pid "${!running[@]}" || status=$?
     [[ $pid ]] || continue

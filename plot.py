@@ -5,7 +5,8 @@
 
 results/{env_id}__{exp_name}__{seed}.csv holds about 200 points of a run: the mean return of the last 100 training episodes,
 the seconds it took so far (with whatever else the machine did), BLPO's diagnostics. results/summary.csv has a line per run
-with its final return_100, its deterministic evaluation, versions and flags; results/speed.csv, if there, is from speed.py.
+with its final return_100, its deterministic evaluation, versions and flags. results/speed.csv (by speed.py --csv) and
+results/solvers.csv (by solvers.py) are drawn if they are there.
 
 Statistics: seeds are the unit. Bands and intervals are 95 %: bootstrap over seeds for curves and aggregates, Student's t for
 the mean of a cell, Welch's for differences. Aggregates normalise a return by the environment: 0 is the first point of all
@@ -189,7 +190,7 @@ def draw_curves(curves, x, y, xlabel, ylabel, scale):
     for axis, env_id in zip(axes, environments):
         for method, runs in ((m, runs) for (env, m), runs in curves.items() if env == env_id):
             colour, line, label = style(method)
-            runs = [run for run in runs if y in run]
+            runs = [run for run in runs if x in run and y in run]
             if not runs:
                 continue
             grid = np.linspace(max(run[x][0] for run in runs), min(run[x][-1] for run in runs), 200)  # what all runs reach
@@ -242,6 +243,34 @@ def draw_runtime(rows):
     return fig
 
 
+SOLVERS = {
+    "columns": ("#000000", "s", "Nyström, random columns"),
+    "gaussian": ("#E69F00", "D", "Nyström, Gaussian"),
+    "v-gaussian": ("#56B4E9", "^", "Nyström, v first"),
+    "krylov": ("#0072B2", "o", "Nyström, Krylov (default)"),
+    "cg": ("#CC79A7", "v", "CG"),
+    "pcg": ("#009E73", "P", "preconditioned CG"),
+}
+
+
+def draw_solvers(rows):
+    """Residual against time per solve, a point per budget, from results/solvers.csv."""
+    fig, axes = panels(len(environments := list(dict.fromkeys(row["env_id"] for row in rows))))
+    for axis, env_id in zip(axes, environments):
+        for solver, (colour, marker, label) in SOLVERS.items():
+            for hessian, line, fill in (("gauss-newton", "-", colour), ("full", ":", "white")):
+                points = [(float(r["ms"]), float(r["residual"])) for r in rows if (r["env_id"], r["solver"], r["hessian"]) == (env_id, solver, hessian)]
+                axis.plot(*zip(*points), line, color=colour, marker=marker, markersize=5, markerfacecolor=fill, linewidth=1,
+                          label=label if hessian == "gauss-newton" else None)  # fmt: skip
+        axis.set(title=env_id, xlabel="ms per solve", xscale="log", yscale="log")
+        axis.set_xticks([0.5, 1, 2, 5, 10, 20], labels=["0.5", "1", "2", "5", "10", "20"])
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("‖(H + ρI)x − v‖ / ‖v‖")
+    axes[0].legend(fontsize=6.5, frameon=False, title="filled: Gauss–Newton products\nhollow, dotted: full Hessian", title_fontsize=6.5)
+    fig.tight_layout()
+    return fig
+
+
 if __name__ == "__main__":
     matplotlib.use("Agg")
     args = tyro.cli(Args, description=__doc__)
@@ -275,3 +304,5 @@ if __name__ == "__main__":
         save(draw_aggregate(result), figures, "aggregate")
     if (results / "speed.csv").exists():
         save(draw_runtime(read(results / "speed.csv")), figures, "runtime")
+    if (results / "solvers.csv").exists():
+        save(draw_solvers(read(results / "solvers.csv")), figures, "solvers")

@@ -1,4 +1,4 @@
-"""benchmark.sh end to end, killed, raced, interrupted, and with hostile names."""
+"""benchmark.sh end to end, killed, raced, interrupted, with hostile names; solvers.py on what a run leaves."""
 
 import csv
 import os
@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_scripts import ROOT
+import blpo_continuous as blpo
+import plot
+from tests.test_scripts import ROOT, train
 
 TINY = "--num-envs 4 --num-steps 16 --num-minibatches 4 --update-epochs 1 --eval-episodes 1"
 
@@ -115,3 +117,24 @@ def test_slurm_submits_one_array(tmp_path):
     arguments = (tmp_path / "arguments").read_text().splitlines()
     assert "Slurm array 7 of 6 jobs" in out and {"--array=0-5%2", "--partition=cpu", "--time=1:00", "--cpus-per-task=1"} <= set(arguments)
     assert finished(tmp_path) == ["Pendulum-v1__blpo__1"], err
+
+
+def test_solvers_on_a_real_critic(tmp_path):
+    run = train(blpo, tmp_path / "runs", "--env-id", "Pendulum-v1", "--total-timesteps", 20_480, "--eval-episodes", 0)
+    command = [sys.executable, f"{ROOT}/solvers.py", "--csv", tmp_path / "solvers.csv", "--minibatches", "2", "--repeat", "2"]
+    files = {path.name: path.read_bytes() for path in run.iterdir()}
+    subprocess.run([*command, run], check=True, capture_output=True)
+    assert files == {path.name: path.read_bytes() for path in run.iterdir()}  # it worked on a copy
+    with open(tmp_path / "solvers.csv") as file:
+        table = list(csv.DictReader(file))
+    residual = {(row["solver"], row["hessian"], int(row["products"])): float(row["residual"]) for row in table}
+    assert len(residual) == 58 and all(float(row["ms"]) > 0 for row in table)
+    for solver in ("krylov", "cg"):  # few products do much, enough of them all that float32 can
+        assert residual[solver, "full", 1] > residual[solver, "full", 3] < 0.01
+        assert min(value for key, value in residual.items() if key[:2] == (solver, "full")) < 1e-4
+    assert residual["krylov", "gauss-newton", 2] < residual["columns", "gauss-newton", 2]
+    plot.plt.switch_backend("Agg")
+    plot.save(plot.draw_solvers(table), tmp_path, "solvers")
+    assert (tmp_path / "solvers.png").stat().st_size > 10_000
+    failed = subprocess.run([*command, tmp_path], capture_output=True, text=True)
+    assert failed.returncode == 1 and "not a BLPO run with checkpoints" in failed.stderr and failed.stderr.count("\n") == 1
