@@ -17,6 +17,7 @@ import csv
 import json
 import re
 import sys
+import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,6 +274,7 @@ def draw_solvers(rows):
 
 if __name__ == "__main__":
     matplotlib.use("Agg")
+    warnings.filterwarnings("ignore", category=scipy.stats.DegenerateDataWarning)  # seeds that all reach the maximum
     args = tyro.cli(Args, description=__doc__)
     results, figures = Path(args.results_dir), Path(args.figures_dir)
     if args.runs_dir:
