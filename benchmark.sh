@@ -2,7 +2,7 @@
 # Methods x environments x seeds, one single-threaded process each, as many at once as there are cores; then table and figures.
 #
 #     bash benchmark.sh                                                   # what the README shows, hours
-#     ENVS="Hopper-v4 CartPole-v1" SEEDS="1 2 3" METHODS="blpo nested" STEPS=200000 JOBS=4 bash benchmark.sh
+#     ENVS="Hopper-v4 CartPole-v1" SEEDS="1 2 3" METHODS="blpo nested" STEPS=200000 JOBS=4 RUNS_DIR=runs-short bash benchmark.sh
 #     bash benchmark.sh --dry-run                                         # only print the commands
 #     LAUNCHER=slurm PARTITION=cpu SBATCH="--time=2:00:00" bash benchmark.sh     # the same jobs as one Slurm array
 #
@@ -11,8 +11,8 @@
 #     ENVS, SEEDS, METHODS   lists of words, or of lines if they contain any line break (METHODS: see flags_of below)
 #     STEPS                  environment steps of each run (1,000,000 with continuous, 500,000 with discrete actions)
 #     JOBS                   processes at once (number of cores)
-#     FLAGS                  further flags for every run, "--track" for example
-#     RUNS_DIR (runs), RESULTS_DIR (RUNS_DIR/results), FIGURES_DIR (RUNS_DIR/figures), PYTHON (python)
+#     FLAGS                  further flags for every run, "--hidden-size 128" for example
+#     RUNS_DIR (runs, one for each choice of STEPS and FLAGS), RESULTS_DIR (RUNS_DIR/results), FIGURES_DIR (RUNS_DIR/figures), PYTHON (python)
 set -euo pipefail
 
 fail() { echo "error: $*" >&2; exit 2; }
@@ -27,13 +27,17 @@ RUNS_DIR=${RUNS_DIR:-runs} PYTHON=${PYTHON:-python} JOBS=${JOBS:-$(nproc)} LAUNC
 "$PYTHON" -c 'import gymnasium, torch' 2> /dev/null || fail "PYTHON=$PYTHON finds no gymnasium or torch: pip install -r requirements.txt"
 
 words() { # fills the array named $1 from the text $2: lines if there is a line break in it, else words; never a pattern
-    if [[ $2 == *$'\n'* ]]; then mapfile -t "$1" < <(grep -v '^$' <<< "$2"); else read -r -a "$1" <<< "$2"; fi
+    if [[ $2 == *$'\n'* ]]; then
+        mapfile -t "$1" < <(sed -E 's/^[[:space:]]+//; s/[[:space:]]+$//; /^$/d' <<< "$2")
+    else
+        read -r -a "$1" <<< "$2"
+    fi
 }
 words envs "${ENVS-Walker2d-v4 Hopper-v4 CartPole-v1 Acrobot-v1}"
 words seeds "${SEEDS-1 2 3 4 5}"
 words methods "${METHODS-ppo-matched nested blpo}"
 words extra "${FLAGS-}"
-for seed in "${seeds[@]}"; do [[ $seed =~ ^[0-9]+$ ]] || fail "SEEDS must be numbers, got $seed"; done
+for seed in "${seeds[@]}"; do [[ $seed =~ ^(0|[1-9][0-9]*)$ ]] || fail "SEEDS must be numbers without leading zeros, got $seed"; done
 
 flags_of() { # the script and the flags of method $1 for $2 (continuous or discrete) actions, in the array `command`
     local matched=(--trajectory-minibatches --critic-lr 1e-3 --no-clip-vloss --vf-coef 2 --no-joint-grad-clip)
@@ -54,20 +58,22 @@ flags_of() { # the script and the flags of method $1 for $2 (continuous or discr
 
 # Which script an environment needs: asked once, of Gymnasium. What cannot be made fails as a job, with its reason in the log.
 mapfile -t kinds < <("$PYTHON" -W ignore - "${envs[@]}" <<< '
-import sys, gymnasium
+import os, sys, gymnasium
+answers = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)  # what the modules of environments print when imported is no answer
 for env_id in sys.argv[1:]:
     try:
         space = gymnasium.make(env_id, disable_env_checker=True).action_space
-    except Exception:
+    except BaseException:
         space = None
-    print("discrete" if isinstance(space, gymnasium.spaces.Discrete) else "continuous")
+    print("discrete" if isinstance(space, gymnasium.spaces.Discrete) else "continuous", file=answers)
 ' 2> /dev/null)
 names=() jobs=() # a job: environment, method, seed, kind of actions, in lines; seeds outermost, so that early results compare
 for seed in "${seeds[@]}"; do
     for i in "${!envs[@]}"; do
         for method in "${methods[@]}"; do
-            flags_of "$method" "${kinds[i]}"
-            jobs+=("${envs[i]}"$'\n'"$method"$'\n'"$seed"$'\n'"${kinds[i]}")
+            flags_of "$method" "${kinds[i]:-continuous}"
+            jobs+=("${envs[i]}"$'\n'"$method"$'\n'"$seed"$'\n'"${kinds[i]:-continuous}")
             names+=("$(LC_ALL=C sed -E 's/[^A-Za-z0-9_.-]+/-/g' <<< "${envs[i]}__${method}__$seed")") # as the run folders
         done
     done
@@ -78,7 +84,8 @@ plan() { # what is left of job $1: prints nothing and returns 1 if it is finishe
     { read -r env; read -r method; read -r seed; read -r kind; } <<< "${jobs[$1]}"
     steps=${STEPS:-$([[ $kind == discrete ]] && echo 500000 || echo 1000000)}
     for folder in "$RUNS_DIR/${names[$1]}"__[0-9]*; do
-        grep -qsE "\"total_timesteps\": $steps,?$" "$folder/config.json" || continue
+        [[ -e $folder/config.json ]] || continue
+        grep -qE "\"total_timesteps\": $steps,?$" "$folder/config.json" || fail "RUNS_DIR=$RUNS_DIR has $folder with other STEPS than $steps: name another RUNS_DIR"
         [[ -e $folder/evaluation.csv ]] && return 1
         if compgen -G "$folder/checkpoint*.pt" > /dev/null; then going=$folder; fi
     done
@@ -106,6 +113,8 @@ if [[ ${1-} == --dry-run ]]; then
     exit
 fi
 mkdir -p "$RUNS_DIR/locks" "$RUNS_DIR/logs"
+[[ -e $RUNS_DIR/flags ]] || printf '%s\n' "${FLAGS-}" > "$RUNS_DIR/flags"
+[[ $(< "$RUNS_DIR/flags") == "${FLAGS-}" ]] || fail "RUNS_DIR=$RUNS_DIR has runs with FLAGS='$(< "$RUNS_DIR/flags")', not '${FLAGS-}': name another RUNS_DIR"
 if [[ ${1-} == --job ]]; then # one job by its number: what an element of the Slurm array does
     work "$2" wait
 fi
@@ -151,8 +160,16 @@ while ((${#queue[@]} + ${#later[@]} + ${#running[@]})); do
         running[$!]=$job
     done
     status=0 pid=
-    wait -n -p pid "${!running[@]}" || status=$?
-    [[ $pid ]] || continue
+    wait -n -p pid "${!running[@]}" 2> /dev/null || status=$?
+    if [[ ! ${pid-} ]]; then # bash forgets children that a signal killed while it was not waiting
+        for one in "${!running[@]}"; do
+            if kill -0 "$one" 2> /dev/null; then continue; fi
+            pid=$one status=0
+            wait "$one" 2> /dev/null || status=$?
+            break
+        done
+    fi
+    [[ ${pid-} ]] || continue
     job=${running[$pid]}
     unset "running[$pid]"
     case $status in

@@ -74,6 +74,7 @@ def export(runs_dir: Path, results_dir: Path):
     results_dir.mkdir(parents=True, exist_ok=True)
     summary_path = results_dir / "summary.csv"
     summary = {(row["env_id"], row["exp_name"], row["seed"]): row for row in read(summary_path)} if summary_path.exists() else {}
+    files = {}  # written when all runs are known to fit together
     for folder in sorted(path.parent for path in runs_dir.glob("*/config.json")):
         if not (folder / "evaluation.csv").exists():
             print(f"no evaluation, left out: {folder.name}")
@@ -92,9 +93,10 @@ def export(runs_dir: Path, results_dir: Path):
         summary[name] = row
         keep = np.unique(np.linspace(0, len(progress) - 1, 200).astype(int))
         columns = [column for column in CURVE if column in last]
-        with open(results_dir / ("__".join(name) + ".csv"), "w") as file:
-            file.write(",".join(columns) + "\n")
-            file.writelines(",".join(f"{float(progress[i][column]):.6g}" for column in columns) + "\n" for i in keep)
+        lines = [",".join(f"{float(progress[i][column]):.6g}" for column in columns) for i in keep]
+        files["__".join(name) + ".csv"] = "\n".join([",".join(columns), *lines]) + "\n"
+    for name, text in files.items():
+        (results_dir / name).write_text(text)
     columns = list(dict.fromkeys(column for row in summary.values() for column in row))
     with open(summary_path, "w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
@@ -103,8 +105,9 @@ def export(runs_dir: Path, results_dir: Path):
 
 
 def grouped(summary):
-    """Final returns of the seeds, by environment and method, in the order of tables and legends."""
-    finals = defaultdict(list)
+    """Final returns of the seeds, by environment and method, in the order of tables and legends; a run that is too short to
+    have finished an episode has none."""
+    finals, summary = defaultdict(list), [row for row in summary if np.isfinite(float(row["return_100"]))]
     for row in sorted(summary, key=lambda row: (row["env_id"], rank(row["exp_name"]), int(row["seed"]))):
         finals[row["env_id"], row["exp_name"]].append(float(row["return_100"]))
     return {key: np.array(values) for key, values in finals.items()}
@@ -191,7 +194,7 @@ def draw_curves(curves, x, y, xlabel, ylabel, scale):
     for axis, env_id in zip(axes, environments):
         for method, runs in ((m, runs) for (env, m), runs in curves.items() if env == env_id):
             colour, line, label = style(method)
-            runs = [run for run in runs if x in run and y in run]
+            runs = [{k: run[k][np.isfinite(run[y])] for k in (x, y)} for run in runs if x in run and y in run and np.isfinite(run[y]).any()]
             if not runs:
                 continue
             grid = np.linspace(max(run[x][0] for run in runs), min(run[x][-1] for run in runs), 200)  # what all runs reach
@@ -227,17 +230,19 @@ def draw_aggregate(result):
 def draw_runtime(rows):
     """Time per step by phase, relative to the whole of PPO's, from results/speed.csv."""
     phases = [column.removesuffix("_ms") for column in rows[0] if column.endswith("_ms")]
-    base = next((float(row["sps"]) for row in rows if row["name"] == "ppo-matched"), float(rows[-1]["sps"]))
+    base = next((row for row in rows if row["name"] == "ppo-matched"), rows[-1])
     fig, axis = plt.subplots(figsize=(7, 0.45 * len(rows) + 1.6))
     for y, row in enumerate(reversed(rows)):
-        parts = np.array([float(row[f"{phase}_ms"] or 0) for phase in phases])
-        parts = parts / max(parts.sum(), 1e-9) * base / float(row["sps"])
+        total, parts = float(base["sps"]) / float(row["sps"]), np.array([float(row[f"{phase}_ms"] or 0) for phase in phases])
+        parts = parts / max(parts.sum(), 1e-9) * total
+        if not parts.any():  # a command that does not tell its phases
+            axis.barh(y, total, color="white", edgecolor="black")
         left = np.concatenate([[0], parts.cumsum()])
         for i, (phase, part) in enumerate(zip(phases, parts)):
             grey, hatch = str(0.25 + 0.6 * i / max(len(phases) - 1, 1)), ("", "//", "", "..", "", "xx")[i % 6]
             axis.barh(y, part, left=left[i], color=grey, hatch=hatch, edgecolor="white", label=phase if y == 0 else None)
-        axis.text(left[-1] + 0.02, y, f"{left[-1]:.2f}", va="center", fontsize=8)
-    axis.set(yticks=range(len(rows)), xlabel="time per environment step, relative to PPO, matched")
+        axis.text(total + 0.02, y, f"{total:.2f}", va="center", fontsize=8)
+    axis.set(yticks=range(len(rows)), xlabel=f"time per environment step, relative to {style(base['name'])[2]}")
     axis.set_yticklabels([style(row["name"])[2] for row in reversed(rows)])
     axis.legend(fontsize=7, ncols=len(phases), frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     fig.tight_layout()
@@ -283,13 +288,18 @@ if __name__ == "__main__":
     if not summary:
         sys.exit(f"error: no results in {results}: name a folder with finished runs by --runs-dir")
     curves, missing = defaultdict(list), {(env, method): len(x) for (env, method), x in grouped(summary).items()}
+    if silent := [f"{row['env_id']} {row['exp_name']} {row['seed']}" for row in summary if not np.isfinite(float(row["return_100"]))]:
+        print(f"no episode was finished, left out: {', '.join(silent)}")
     for row in sorted(summary, key=lambda row: (row["env_id"], rank(row["exp_name"]), int(row["seed"]))):
         points = read(results / f"{row['env_id']}__{row['exp_name']}__{row['seed']}.csv")
         curves[row["env_id"], row["exp_name"]].append({k: np.array([float(p[k]) for p in points]) for k in points[0]})
     print(table(summary))
     if few := [f"{env} {style(method)[2]} ({n})" for (env, method), n in missing.items() if n < max(missing.values())]:
         print(f"\nfewer seeds than others: {', '.join(few)}")
-    first = {env: np.mean([run["return_100"][np.isfinite(run["return_100"])][0] for (e, _), runs in curves.items() if e == env for run in runs]) for env, _ in curves}
+    first = defaultdict(list)
+    for (env_id, _), runs in curves.items():
+        first[env_id] += [run["return_100"][np.isfinite(run["return_100"])][0] for run in runs if np.isfinite(run["return_100"]).any()]
+    first = {env_id: np.mean(values) for env_id, values in first.items() if values}
     label = "return, mean of the last 100 episodes"
     save(draw_curves(curves, "global_step", "return_100", "environment steps (millions)", label, 1e6), figures, "curves")
     save(draw_curves(curves, "wall_seconds", "return_100", "wall-clock time (minutes)", label, 60), figures, "time")

@@ -57,10 +57,13 @@ def test_end_to_end_with_a_failure(tmp_path):
     before = sorted(path.name for path in (tmp_path / "runs").iterdir())
     finish(benchmark(tmp_path, **settings | dict(ENVS="Pendulum-v1 CartPole-v1")))
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == before
-    # other settings are other jobs
-    out, _ = finish(benchmark(tmp_path, "--dry-run", **settings | dict(STEPS="1920", METHODS="blpo", SEEDS="1", ENVS="Pendulum-v1")))
+    # a folder for each choice of STEPS and FLAGS
+    for other in (dict(STEPS="1920"), dict(FLAGS=f"{TINY} --gamma 0.9")):
+        _, err = finish(benchmark(tmp_path, **settings | other), status=2)
+        assert "RUNS_DIR" in err and list(other)[0] in err and err.count("\n") == 1
+    out, _ = finish(benchmark(tmp_path / "runs", "--dry-run", **settings | dict(METHODS="blpo", SEEDS="1", ENVS=" Pendulum-v1\n ", RUNS_DIR="other")))
     assert shlex.split(out)[1:] == [f"{ROOT}/blpo_continuous.py", "--env-id=Pendulum-v1", "--exp-name=blpo", "--seed=1",
-                                    "--total-timesteps=1920", f"--runs-dir={tmp_path}/runs", *TINY.split()]  # fmt: skip
+                                    "--total-timesteps=960", "--runs-dir=other", *TINY.split()]  # fmt: skip
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
@@ -89,6 +92,32 @@ def test_killed_or_interrupted_and_started_again_by_two(number, tmp_path):
             assert [int(row["global_step"]) for row in csv.DictReader(file)] == [64 * (i + 1) for i in range(200)]
 
 
+def test_jobs_killed_all_at_once_are_failures(tmp_path):
+    """As by the kernel when memory runs out: bash may not notice such deaths. What comes after them is still done."""
+    trap = tmp_path / "python"  # kills training runs of seed 1 and 2, and those beside them, at once
+    trap.write_text(f"""#!/bin/bash
+case "$*" in *--seed=[12]*) touch {tmp_path}/$$; while (( $(ls {tmp_path} | grep -c '^[0-9]') < 2 )); do sleep 0.05; done; kill -9 $(ls {tmp_path} | grep '^[0-9]');; esac
+exec {sys.executable} "$@"
+""")
+    trap.chmod(0o755)
+    settings = dict(ENVS="Pendulum-v1", METHODS="nested", SEEDS="1 2 3 4", STEPS="960", PYTHON=str(trap))
+    out, err = finish(benchmark(tmp_path, **settings), status=1)
+    assert finished(tmp_path) == ["Pendulum-v1__nested__3", "Pendulum-v1__nested__4"]
+    assert err.count("failed: Pendulum-v1__nested__") == 2 and "unbound" not in err and "2 of 4 done" in out
+
+
+def test_chatty_modules_and_short_runs(tmp_path):
+    """What a module prints when imported does not matter; runs without a finished episode are named, the others drawn."""
+    (tmp_path / "chatty.py").write_text("import gymnasium\nprint('hello\\nfrom chatty')\ngymnasium.register('Chatty-v0', 'gymnasium.envs.classic_control:CartPoleEnv')\n")
+    (tmp_path / "leaving.py").write_text("raise SystemExit\n")
+    settings = dict(ENVS="leaving:X-v0 chatty:Chatty-v0 Pendulum-v1", METHODS="nested", SEEDS="1", STEPS="640", PYTHONPATH=str(tmp_path))
+    out, _ = finish(benchmark(tmp_path, "--dry-run", **settings))
+    assert [Path(shlex.split(line)[1]).name for line in out.splitlines()] == ["blpo_continuous.py", "blpo_discrete.py", "blpo_continuous.py"]
+    out, _ = finish(benchmark(tmp_path, **settings | dict(ENVS="chatty:Chatty-v0 Pendulum-v1")))
+    assert "no episode was finished, left out: Pendulum-v1 nested 1" in out and "| chatty-Chatty-v0 | nesting only | 1 |" in out
+    assert (tmp_path / "runs" / "figures" / "curves.png").exists()
+
+
 def test_names_are_data(tmp_path):
     hostile = ["a b $(touch pwned) `touch pwned`; touch pwned", "--help", "'\"*", "../x"]
     settings = dict(ENVS="\n".join(hostile), METHODS="nested", SEEDS="1", STEPS="640")
@@ -98,7 +127,7 @@ def test_names_are_data(tmp_path):
     assert err.count("error: --env-id") == 4 and not list(tmp_path.glob("**/pwned")) and {p.name for p in tmp_path.iterdir()} == {"runs"}
 
 
-@pytest.mark.parametrize("setting", ["METHODS=best", "SEEDS=one", "STEPS=-1", "JOBS=0", "LAUNCHER=moon", "PYTHON=/nowhere/python"])
+@pytest.mark.parametrize("setting", ["METHODS=best", "SEEDS=one", "SEEDS=01", "STEPS=-1", "JOBS=0", "LAUNCHER=moon", "PYTHON=/nowhere/python"])
 def test_bad_settings_are_one_line(setting, tmp_path):
     name, value = setting.split("=")
     _, err = finish(benchmark(tmp_path, **{name: value}), status=2)
@@ -136,5 +165,7 @@ def test_solvers_on_a_real_critic(tmp_path):
     plot.plt.switch_backend("Agg")
     plot.save(plot.draw_solvers(table), tmp_path, "solvers")
     assert (tmp_path / "solvers.png").stat().st_size > 10_000
-    failed = subprocess.run([*command, tmp_path], capture_output=True, text=True)
-    assert failed.returncode == 1 and "not a BLPO run with checkpoints" in failed.stderr and failed.stderr.count("\n") == 1
+    other = train(blpo, tmp_path / "runs", *TINY.split(), "--env-id", "Pendulum-v1", "--total-timesteps", 640, "--ihvp", "none")
+    for wrong in (tmp_path, other):
+        failed = subprocess.run([*command, wrong], capture_output=True, text=True)
+        assert failed.returncode == 1 and "not a run of BLPO" in failed.stderr and failed.stderr.count("\n") == 1
