@@ -244,7 +244,8 @@ def draw_runtime(rows):
         axis.text(total + 0.02, y, f"{total:.2f}", va="center", fontsize=8)
     axis.set(yticks=range(len(rows)), xlabel=f"time per environment step, relative to {style(base['name'])[2]}")
     axis.set_yticklabels([style(row["name"])[2] for row in reversed(rows)])
-    axis.legend(fontsize=7, ncols=len(phases), frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axis.set_xlim(0, 1.12 * max(float(base["sps"]) / float(row["sps"]) for row in rows))
+    axis.legend(fontsize=7, ncols=3, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     fig.tight_layout()
     return fig
 

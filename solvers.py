@@ -116,28 +116,28 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if bad := [str(run) for run in args.runs if misfit(run)]:
         sys.exit(f"error: {', '.join(bad)}: not a run of BLPO, with a solver, that has written two checkpoints")
-    rows = []
+    cases = []  # of all runs: what to solve, and the row to fill
     for run in args.runs:
         script, minibatches = systems(run, args.minibatches)
-        rho, env_id = minibatches[0][3].nystrom_rho, minibatches[0][3].env_id
         for hessian in ("gauss-newton", "full"):
             prepared, setup = [], [setup_ms(script, critic, mb, flags, hessian, args.repeat) for critic, mb, _, flags in minibatches]
             for critic, mb, ratio, flags in minibatches:
                 double = script.Batch(*(x.double() if x.is_floating_point() else x for x in mb))
                 exact, v = system(script, copy.deepcopy(critic).double(), double, ratio.double(), flags, "full")
                 prepared.append((*system(script, critic, mb, ratio, flags, hessian), exact, v))
-            for solver, budgets in BUDGETS.items():
-                for budget in budgets:
-                    residuals, spent = [], []
-                    for i, (product, v, exact, v_exact) in enumerate(prepared):
-                        for repeat in range(args.repeat):
-                            begin = time.perf_counter()
-                            x = solve(solver, product, v, budget, rho, torch.Generator().manual_seed(i))
-                            spent.append(time.perf_counter() - begin)
-                        x = x.double()
-                        residuals.append(float((exact(x) + rho * x - v_exact).norm() / v_exact.norm()))
-                    row = {"env_id": env_id, "solver": solver, "hessian": hessian, "products": budget + 2 * (solver == "pcg")}
-                    rows.append(row | {"residual": f"{statistics.mean(residuals):.4g}", "ms": round(statistics.median(setup) + 1e3 * statistics.median(spent), 3)})
+            for solver, budget in ((solver, budget) for solver, budgets in BUDGETS.items() for budget in budgets):
+                row = {"env_id": flags.env_id, "solver": solver, "hessian": hessian, "products": budget + 2 * (solver == "pcg")}
+                cases.append((row, prepared, solver, budget, flags.nystrom_rho, statistics.median(setup), []))
+    for _ in range(args.repeat):  # outermost, so that a machine's moods meet all cases
+        for row, prepared, solver, budget, rho, setup, spent in cases:
+            residuals = []
+            for i, (product, v, exact, v_exact) in enumerate(prepared):
+                begin = time.perf_counter()
+                x = solve(solver, product, v, budget, rho, torch.Generator().manual_seed(i)).double()
+                spent.append(1e3 * (time.perf_counter() - begin))
+                residuals.append(float((exact(x) + rho * x - v_exact).norm() / v_exact.norm()))
+            row |= {"residual": f"{statistics.mean(residuals):.4g}", "ms": round(setup + statistics.median(spent), 3)}
+    rows = [row for row, *_ in cases]
     args.csv.parent.mkdir(parents=True, exist_ok=True)
     with open(args.csv, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
