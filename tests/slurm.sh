@@ -70,7 +70,9 @@ cd "$work"
 export LAUNCHER=slurm PARTITION=cpu SBATCH="--time=10 --comment=test" RUNS_DIR="$work/runs" JOBS=2
 export PYTHON ENVS="Pendulum-v1 CartPole-v1" METHODS="ppo-matched blpo" SEEDS="1 2" STEPS=12800
 export FLAGS="--num-envs 4 --num-steps 16 --num-minibatches 4 --update-epochs 1 --eval-episodes 1 --checkpoint-every 5"
-id=$(bash "$ROOT/benchmark.sh" | tee /dev/stderr | sed -E 's/Slurm array ([0-9]+) of 8 jobs.*/\1/')
+submitted=$(bash "$ROOT/benchmark.sh")
+echo "$submitted"
+id=$(sed -E 's/Slurm array ([0-9]+) of 8 jobs.*/\1/' <<< "$submitted")
 while ! compgen -G "runs/*/evaluation.csv" > /dev/null; do sleep 0.5; done
 scancel "$id" # in the middle of the array, what is running included
 settled
