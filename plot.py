@@ -180,7 +180,7 @@ def save(fig, figures_dir: Path, name: str):
 
 
 def panels(count: int):
-    columns = min(count, 4)
+    columns = 3 if count > 4 else min(count, 2)
     fig, axes = plt.subplots(-(-count // columns), columns, figsize=(4.4 * columns, 3.4 * -(-count // columns)), squeeze=False)
     for axis in axes.flat[count:]:
         axis.set_visible(False)
