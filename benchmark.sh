@@ -55,6 +55,7 @@ flags_of() { # the script and the flags of method $1 for $2 (continuous or discr
         *) fail "METHODS knows ppo, ppo-matched, nested, control, blpo, blpo-released, blpo-cg and blpo-pcg, not $1" ;;
     esac
 }
+for method in "${methods[@]}"; do flags_of "$method" continuous; done # refuses unknown ones
 
 # Which script an environment needs: asked once, of Gymnasium. What cannot be made fails as a job, with its reason in the log.
 mapfile -t kinds < <("$PYTHON" -W ignore - "${envs[@]}" <<< '
@@ -72,7 +73,6 @@ names=() jobs=() # a job: environment, method, seed, kind of actions, in lines; 
 for seed in "${seeds[@]}"; do
     for i in "${!envs[@]}"; do
         for method in "${methods[@]}"; do
-            flags_of "$method" "${kinds[i]:-continuous}"
             jobs+=("${envs[i]}"$'\n'"$method"$'\n'"$seed"$'\n'"${kinds[i]:-continuous}")
             names+=("$(LC_ALL=C sed -E 's/[^A-Za-z0-9_.-]+/-/g' <<< "${envs[i]}__${method}__$seed")") # as the run folders
         done

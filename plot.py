@@ -52,6 +52,11 @@ def rank(method):
     return list(STYLES).index(method) if method in STYLES else len(STYLES), method
 
 
+def order(row):
+    """Key by which rows of the summary are sorted."""
+    return row["env_id"], rank(row["exp_name"]), int(row["seed"])
+
+
 @dataclass
 class Args:
     runs_dir: str = ""
@@ -107,8 +112,8 @@ def export(runs_dir: Path, results_dir: Path):
 def grouped(summary):
     """Final returns of the seeds, by environment and method, in the order of tables and legends; a run that is too short to
     have finished an episode has none."""
-    finals, summary = defaultdict(list), [row for row in summary if np.isfinite(float(row["return_100"]))]
-    for row in sorted(summary, key=lambda row: (row["env_id"], rank(row["exp_name"]), int(row["seed"]))):
+    finals = defaultdict(list)
+    for row in sorted((row for row in summary if np.isfinite(float(row["return_100"]))), key=order):
         finals[row["env_id"], row["exp_name"]].append(float(row["return_100"]))
     return {key: np.array(values) for key, values in finals.items()}
 
@@ -291,7 +296,7 @@ if __name__ == "__main__":
     curves, missing = defaultdict(list), {(env, method): len(x) for (env, method), x in grouped(summary).items()}
     if silent := [f"{row['env_id']} {row['exp_name']} {row['seed']}" for row in summary if not np.isfinite(float(row["return_100"]))]:
         print(f"no episode was finished, left out: {', '.join(silent)}")
-    for row in sorted(summary, key=lambda row: (row["env_id"], rank(row["exp_name"]), int(row["seed"]))):
+    for row in sorted(summary, key=order):
         points = read(results / f"{row['env_id']}__{row['exp_name']}__{row['seed']}.csv")
         curves[row["env_id"], row["exp_name"]].append({k: np.array([float(p[k]) for p in points]) for k in points[0]})
     print(table(summary))

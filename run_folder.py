@@ -387,6 +387,15 @@ def misfit(flag: str, path: Path, problem: Exception):
     fail(f"{flag} {path} does not fit the networks or the environment of this version ({type(problem).__name__}: {str(problem)[:60]})")
 
 
+def own_flags(args, argv: list[str] | None, saved: dict, free: set[str], why: str) -> dict:
+    """The flags of the saved run, with those of `free` that the command line names; it may not name others that differ."""
+    own, given = asdict(saved["args"]), given_flags(args, argv)
+    for name in sorted(given - free):
+        if getattr(args, name) != own[name]:
+            fail(f"--{name.replace('_', '-')} {why}: drop it")
+    return own | {name: getattr(args, name) for name in given & free}
+
+
 def resumed(args, argv: list[str] | None):
     """The flags and the checkpoint of the run to go on with: --resume is its folder, or one of its checkpoints."""
     folder = Path(args.resume if os.path.isdir(args.resume) else os.path.dirname(args.resume))
@@ -395,11 +404,8 @@ def resumed(args, argv: list[str] | None):
     descriptor = lock(folder)  # before the checkpoint is read: whoever writes the run may be about to write another
     try:
         checkpoint, path = load("--resume", args, CHECKPOINT, PREVIOUS)
-        own = asdict(checkpoint["args"])
-        for name in sorted(given_flags(args, argv) - {"resume", "cuda", "track"}):
-            if getattr(args, name) != own[name]:
-                fail(f"--{name.replace('_', '-')} cannot change on the way: --resume goes on with the flags of the run, drop it")
-        own |= {name: getattr(args, name) for name in given_flags(args, argv) & {"cuda", "track"}}
+        why = "cannot change on the way, --resume goes on with the flags of the run"
+        own = own_flags(args, argv, checkpoint, {"resume", "cuda", "track"}, why)
         if path.name != CHECKPOINT:  # the newer one counts on rows that will now be written again
             os.replace(path, folder / CHECKPOINT)
     except BaseException:
@@ -412,10 +418,6 @@ def resumed(args, argv: list[str] | None):
 def evaluated(args, argv: list[str] | None):
     """The flags to evaluate with, the path and the contents of the model, or of the last checkpoint, of --evaluate."""
     saved, path = load("--evaluate", args, "model.pt", CHECKPOINT, PREVIOUS)
-    given, own = given_flags(args, argv), asdict(saved["args"])
-    allowed = {"evaluate", "eval_episodes", "eval_stochastic", "capture_video", "seed"}
-    for name in sorted(given - allowed):
-        if getattr(args, name) != own[name]:
-            fail(f"--{name.replace('_', '-')} has no part in --evaluate, which takes it from the run: drop it")
-    own |= {name: getattr(args, name) for name in allowed if name != "seed" or name in given}
-    return type(args)(**own), path, saved
+    here = {"evaluate", "eval_episodes", "eval_stochastic", "capture_video"}  # never the run's, given or not
+    own = own_flags(args, argv, saved, here | {"seed"}, "has no part in --evaluate, which takes it from the run")
+    return type(args)(**own | {name: getattr(args, name) for name in here}), path, saved
