@@ -605,7 +605,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 generator.set_state(checkpoint["generators"][name])
         except (KeyError, RuntimeError, ValueError) as problem:
             misfit("--resume", args.resume, problem)
-    run = Run(args, checkpoint)
+    run = Run(args, args.env_id, args.total_timesteps, checkpoint, headers={"episodes.csv": "global_step,return,length"})
     # seeds of their own for all environments of all runs: seed, seed + 1, ... would share most of them between neighbours
     try:
         for i, seed in enumerate(np.random.SeedSequence([args.seed, begun] if begun else args.seed).generate_state(N).tolist()):
@@ -756,7 +756,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
             row |= {"eval_return": mean(returns), "eval_length": mean(lengths)}
         for phase, spent in lap.seconds.items():
             seconds[phase] += spent
-        run.log(row)
+        run.log(row, f"SPS {row['sps']:.0f}  return {row['return_100']:.1f}  KL {row['approx_kl']:.4f}")
         if run.signal or (iteration + 1) % checkpoint_every == 0 or iteration + 1 == iterations:
             run.checkpoint(state(iteration + 1))
         if run.signal:

@@ -6,7 +6,8 @@
 results/{env_id}__{exp_name}__{seed}.csv holds about 200 points of a run: the mean return of the last 100 training episodes,
 the seconds it took so far (with whatever else the machine did), BLPO's diagnostics. results/summary.csv has a line per run
 with its final return_100, its deterministic evaluation, versions and flags. results/speed.csv (by speed.py --csv) and
-results/solvers.csv (by solvers.py) are drawn if they are there.
+results/solvers.csv (by solvers.py) are drawn if they are there. Runs of sobirl_tabular.py go into results/tabular.csv (40 points
+a run) and results/tabular_summary.csv, and from there into a table and a figure of their own.
 
 Statistics: seeds are the unit. Bands and intervals are 95 %: bootstrap over seeds for curves and aggregates, Student's t for
 the mean of a cell, Welch's for differences. Aggregates normalise a return by the environment: 0 is the first point of all
@@ -72,6 +73,14 @@ def read(path):
         return list(csv.DictReader(file))
 
 
+def write(path, rows):
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def export(runs_dir: Path, results_dir: Path):
     """Thins every finished run (one with an evaluation) to about 200 points; unfinished ones are named."""
     if not runs_dir.is_dir():
@@ -81,10 +90,13 @@ def export(runs_dir: Path, results_dir: Path):
     summary = {(row["env_id"], row["exp_name"], row["seed"]): row for row in read(summary_path)} if summary_path.exists() else {}
     files = {}  # written when all runs are known to fit together
     for folder in sorted(path.parent for path in runs_dir.glob("*/config.json")):
+        config = json.loads((folder / "config.json").read_text())
+        if config.get("script") == "sobirl_tabular.py":
+            continue
         if not (folder / "evaluation.csv").exists():
             print(f"no evaluation, left out: {folder.name}")
             continue
-        config, progress = json.loads((folder / "config.json").read_text()), read(folder / "progress.csv")
+        progress = read(folder / "progress.csv")
         flags, returns = config["flags"], [float(row["return"]) for row in read(folder / "evaluation.csv")]
         name = *(re.sub(r"[^\w.-]+", "-", flags[key], flags=re.ASCII) for key in ("env_id", "exp_name")), str(flags["seed"])
         last = progress[-1]
@@ -102,11 +114,8 @@ def export(runs_dir: Path, results_dir: Path):
         files["__".join(name) + ".csv"] = "\n".join([",".join(columns), *lines]) + "\n"
     for name, text in files.items():
         (results_dir / name).write_text(text)
-    columns = list(dict.fromkeys(column for row in summary.values() for column in row))
-    with open(summary_path, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(summary[key] for key in sorted(summary))
+    if summary:
+        write(summary_path, [summary[key] for key in sorted(summary)])
 
 
 def grouped(summary):
@@ -283,16 +292,9 @@ def draw_solvers(rows):
     return fig
 
 
-if __name__ == "__main__":
-    matplotlib.use("Agg")
-    warnings.filterwarnings("ignore", category=scipy.stats.DegenerateDataWarning)  # seeds that all reach the maximum
-    args = tyro.cli(Args, description=__doc__)
-    results, figures = Path(args.results_dir), Path(args.figures_dir)
-    if args.runs_dir:
-        export(Path(args.runs_dir), results)
-    summary = read(results / "summary.csv") if (results / "summary.csv").exists() else []
-    if not summary:
-        sys.exit(f"error: no results in {results}: name a folder with finished runs by --runs-dir")
+def draw_benchmark(results: Path, figures: Path):
+    """Prints the tables of results/summary.csv and draws all figures of it."""
+    summary = read(results / "summary.csv")
     curves, missing = defaultdict(list), {(env, method): len(x) for (env, method), x in grouped(summary).items()}
     if silent := [f"{row['env_id']} {row['exp_name']} {row['seed']}" for row in summary if not np.isfinite(float(row["return_100"]))]:
         print(f"no episode was finished, left out: {', '.join(silent)}")
@@ -324,3 +326,128 @@ if __name__ == "__main__":
         save(draw_runtime(read(results / "speed.csv")), figures, "runtime")
     if (results / "solvers.csv").exists():
         save(draw_solvers(read(results / "solvers.csv")), figures, "solvers")
+
+
+# sobirl_tabular.py: colour, line style, label, oracle and published rate
+
+TABULAR = {
+    "exact": ("#BBBBBB", "-", "exact (9)"),
+    "m-sobirl": ("#0072B2", "-", "M-SoBiRL"),
+    "unrolled": ("#000000", (0, (1, 3)), "unrolled"),
+    "parl": ("#CC79A7", (0, (4, 4)), "PARL"),
+    "pbrl": ("#E69F00", (0, (2, 4)), "PBRL"),
+    "hpgd": ("#009E73", "-.", "HPGD, 64 samples"),
+    "sobirl": ("#56B4E9", (0, (5, 2)), "SoBiRL (15), expectation"),
+    "sobirl-78": ("#F0E442", "-", "SoBiRL (78), expectation"),
+    "sobirl-64": ("#56B4E9", ":", "SoBiRL (15), 64 samples"),
+    "stoc-sobirl": ("#000000", "-.", "Stoc-SoBiRL, 64 samples"),
+    "drlhf": ("#D55E00", "--", "DRLHF"),
+}
+TOLERANCE = 1e-3
+OPPOSED = ("preference", "359")  # the seed of 1,000 at which DRLHF's first direction opposes the hypergradient most
+
+
+def panel(row):
+    """The problem under which a run is shown."""
+    return f"{row['problem']}, seed {row['seed']}" if (row["problem"], row["seed"]) == OPPOSED else row["problem"]
+
+
+def tabular_order(row):
+    names, problems = list(TABULAR), ["synthetic", "reward-shaping", "preference", panel(dict(problem=OPPOSED[0], seed=OPPOSED[1]))]
+    return problems.index(panel(row)), names.index(row["exp_name"]) if row["exp_name"] in names else len(names), row["exp_name"], int(row["seed"])
+
+
+def export_tabular(runs_dir: Path, results_dir: Path):
+    """Adds every finished run of sobirl_tabular.py (one with a solution): 40 points of it, and a line of what it reached."""
+    paths = [results_dir / "tabular_summary.csv", results_dir / "tabular.csv"]
+    summary, points = ({}, defaultdict(list)) if not paths[0].exists() else ({key(row): row for row in read(paths[0])}, defaultdict(list))
+    for row in read(paths[1]) if summary else []:
+        points[key(row)].append(row)
+    for folder in sorted(path.parent for path in runs_dir.glob("*/config.json")):
+        config = json.loads((folder / "config.json").read_text())
+        if config.get("script") != "sobirl_tabular.py":
+            continue
+        if not (folder / "solution.pt").exists():
+            print(f"no solution, left out: {folder.name}")
+            continue
+        flags, progress = config["flags"], [{k: float(v) for k, v in row.items()} for row in read(folder / "progress.csv")]
+        name = {"problem": flags["problem"], "exp_name": re.sub(r"[^\w.-]+", "-", flags["exp_name"], flags=re.ASCII), "seed": str(flags["seed"])}
+        last, there = progress[-1], next((row for row in progress if row["gradient_norm"] <= TOLERANCE), {})
+        row = name | {"rounds": int(last["round"]), "seconds": last["seconds"], "phi": last["phi"], "gradient_norm": last["gradient_norm"]}
+        row |= {f"{column}_to_{TOLERANCE:g}": there.get(column, "") for column in ("round", "seconds")}
+        row |= {"sweeps": round(float(np.mean([row["sweeps"] for row in progress])), 1)} | config["versions"]
+        summary[key(row)] = row | {"flags": json.dumps({k: v for k, v in flags.items() if k not in (*name, *PRIVATE)})}
+        keep = np.unique(np.geomspace(1, len(progress), 40).round().astype(int)) - 1
+        columns = ("round", "seconds", "phi", "gradient_norm", "cosine")
+        points[key(row)] = [name | {column: f"{progress[i][column]:.5g}" for column in columns} for i in keep]
+    if summary:
+        results_dir.mkdir(parents=True, exist_ok=True)
+        rows = sorted(summary.values(), key=tabular_order)
+        write(paths[0], rows)
+        write(paths[1], [point for row in rows for point in points[key(row)]])
+
+
+def key(row):
+    return row["problem"], row["exp_name"], row["seed"]
+
+
+def tabular_table(summary) -> str:
+    """Markdown: medians over seeds; rounds and seconds until |grad phi| <= 0.001, of the seeds that get there."""
+    lines = ["| problem | method | seeds | reach ‖∇φ‖ ≤ 0.001 | rounds until then | seconds until then | sweeps a round | last φ | last ‖∇φ‖ | rounds |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    groups = defaultdict(list)
+    for row in sorted(summary, key=tabular_order):
+        groups[panel(row), row["exp_name"]].append(row)
+    for (problem, method), rows in groups.items():
+        median = lambda column: np.median([float(row[column]) for row in rows if row[column] != ""])
+        there = [row for row in rows if row[f"round_to_{TOLERANCE:g}"] != ""]
+        until = [f"{median(f'round_to_{TOLERANCE:g}'):,.0f}", f"{median(f'seconds_to_{TOLERANCE:g}'):.2f}"] if there else ["", ""]
+        cells = [problem, TABULAR.get(method, (0, 0, method))[2], len(rows), len(there), *until, f"{median('sweeps'):.0f}"]
+        cells += [f"{median('phi'):.4f}", f"{median('gradient_norm'):.2g}", f"{median('rounds'):,.0f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def draw_tabular(points, summary):
+    """A row per problem: phi, |grad phi| against rounds and seconds, cosine to the hypergradient; medians over seeds, and quartiles."""
+    groups = defaultdict(lambda: defaultdict(list))
+    for row in sorted(points, key=tabular_order):
+        groups[panel(row), row["exp_name"]][row["seed"]].append(row)
+    problems = list(dict.fromkeys(problem for problem, _ in groups))
+    panels = [("round", "phi", "rounds", "φ"), ("round", "gradient_norm", "rounds", "‖∇φ‖"), ("seconds", "gradient_norm", "seconds", "‖∇φ‖"),
+              ("round", "cosine", "rounds", "cosine of direction and ∇φ")]  # fmt: skip
+    fig, axes = plt.subplots(len(problems), 4, figsize=(15, 3.1 * len(problems) + 0.7), squeeze=False)
+    for (problem, method), seeds in groups.items():
+        colour, line, label = TABULAR.get(method, (None, "-", method))
+        for axis, (x, y, xlabel, ylabel) in zip(axes[problems.index(problem)], panels):
+            runs = [{k: np.array([float(p[k]) for p in run]) for k in (x, y)} for run in seeds.values()]
+            first = (lambda run: run[x] + 1) if x == "round" else (lambda run: run[x])
+            grid = np.geomspace(max(first(run)[0] for run in runs), min(first(run)[-1] for run in runs), 100)
+            values = np.array([np.interp(np.log(grid), np.log(first(run)), run[y]) for run in runs])
+            axis.plot(grid, np.median(values, 0), color=colour, linestyle=line, linewidth=5 if method == "exact" else 1.7, label=label)
+            if len(runs) > 1 and method != "exact":
+                axis.fill_between(grid, *np.percentile(values, [25, 75], axis=0), color=axis.lines[-1].get_color(), alpha=0.12, linewidth=0)
+            axis.set(xlabel=xlabel, ylabel=ylabel, xscale="log", title=f"{problem} (n = {len(seeds)})")
+            axis.set_yscale("log" if y == "gradient_norm" or (problem, y) == ("synthetic", "phi") else "linear")
+            axis.grid(alpha=0.25)
+    handles = {line.get_label(): line for axis in axes.flat for line in axis.lines}
+    fig.tight_layout(rect=(0, 0.7 / (3.1 * len(problems) + 0.7), 1, 1))
+    fig.legend(handles.values(), handles.keys(), loc="lower center", ncols=6, frameon=False, fontsize=9, handlelength=4)
+    return fig
+
+
+if __name__ == "__main__":
+    matplotlib.use("Agg")
+    warnings.filterwarnings("ignore", category=scipy.stats.DegenerateDataWarning)  # seeds that all reach the maximum
+    args = tyro.cli(Args, description=__doc__)
+    results, figures = Path(args.results_dir), Path(args.figures_dir)
+    if args.runs_dir:
+        export(Path(args.runs_dir), results)
+        export_tabular(Path(args.runs_dir), results)
+    if not any((results / name).exists() for name in ("summary.csv", "tabular_summary.csv")):
+        sys.exit(f"error: no results in {results}: name a folder with finished runs by --runs-dir")
+    if (results / "summary.csv").exists():
+        draw_benchmark(results, figures)
+    if (results / "tabular_summary.csv").exists():
+        print("\n" + tabular_table(read(results / "tabular_summary.csv")))
+        save(draw_tabular(read(results / "tabular.csv"), read(results / "tabular_summary.csv")), figures, "tabular")

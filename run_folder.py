@@ -93,6 +93,10 @@ def check_places(env_id: str, runs_dir: str) -> None:
         fail(f"--env-id {env_id}: {problem}" + f" Close: {', '.join(close)}." * bool(close))
     if name == "Pusher-v4":
         fail("--env-id Pusher-v4 does not work with mujoco >= 3: use Pusher-v5")
+    check_runs_dir(runs_dir)
+
+
+def check_runs_dir(runs_dir: str) -> None:
     try:
         os.makedirs(runs_dir, exist_ok=True)
         tempfile.TemporaryDirectory(dir=runs_dir).cleanup()
@@ -200,16 +204,18 @@ def lock(folder: Path) -> int:
 
 
 class Run:
-    """The run folder of args, a new one or, with a checkpoint, the one to go on with (args.resume); one process writes it."""
+    """The run folder of args, a new one or, with a checkpoint, the one to go on with (args.resume); one process writes it.
+    `subject` (the environment) begins its name, `total` is where the first column of progress.csv ends, `headers` are those
+    of the csv files that write() fills."""
 
-    def __init__(self, args, checkpoint: dict | None = None):
-        self.total, self.wandb, self.last_line, self.signal = args.total_timesteps, None, 0.0, None
+    def __init__(self, args, subject: str, total: int, checkpoint: dict | None = None, unit="step", headers: dict[str, str] | None = None):
+        self.total, self.unit, self.wandb, self.last_line, self.signal = total, unit, None, 0.0, None
         self.files, self.lines, self.handlers, self.bar = {}, {}, {}, None
         self.script = os.path.relpath(script_of(args))
         if checkpoint:
             self.folder, self.config, self.lock = Path(args.resume), checkpoint["config"], checkpoint["lock"]
         else:
-            stem = re.sub(r"[^\w.-]+", "-", f"{args.env_id}__{args.exp_name}__{args.seed}", flags=re.ASCII)
+            stem = re.sub(r"[^\w.-]+", "-", f"{subject}__{args.exp_name}__{args.seed}", flags=re.ASCII)
             for born in itertools.count(int(time.time())):  # the next free second: runs may start at the same time
                 with contextlib.suppress(FileExistsError):
                     (folder := Path(args.runs_dir) / f"{stem}__{born}").mkdir()
@@ -219,17 +225,18 @@ class Run:
             self.config["versions"] = versions() | {"git_commit": git_commit(args)}
             self.save("config.json", json.dumps(self.config, indent=2) + "\n")
         with self.storing():
-            for name in ("episodes.csv", "progress.csv"):
+            for name in (*(headers or {}), "progress.csv"):
                 self.files[name] = open(self.folder / name, "a", buffering=1)  # flushed at every line
                 self.lines[name] = checkpoint["lines"][name] if checkpoint else 0
                 lines = (self.folder / name).read_bytes().splitlines(keepends=True)[: self.lines[name]]
                 self.files[name].truncate(sum(map(len, lines)))  # forgets rows after the checkpoint: they are measured again
         if not checkpoint:
-            self.write("episodes.csv", "global_step,return,length")
+            for name, header in (headers or {}).items():
+                self.write(name, header)
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):  # not in the main thread
                 self.handlers[number] = signal.signal(number, self.on_signal)
-        self.bar = tqdm(total=self.total, unit="step", file=sys.stdout) if sys.stdout.isatty() else None
+        self.bar = tqdm(total=total, unit=unit, file=sys.stdout) if sys.stdout.isatty() else None
         if args.track:
             with self.broadcast():
                 import wandb
@@ -264,8 +271,8 @@ class Run:
             self.files[name].write(line + "\n")
         self.lines[name] += 1
 
-    def log(self, row: dict):
-        """A row of progress.csv, of wandb and of the terminal."""
+    def log(self, row: dict, shown: str):
+        """A row of progress.csv, of wandb and, as `shown`, of the terminal; its first column says how far the run is."""
         with self.storing():
             os.stat(self.folder / "progress.csv")  # the open file would not notice that the folder was deleted
         if not self.lines["progress.csv"]:
@@ -273,15 +280,15 @@ class Run:
         self.write("progress.csv", ",".join(map(str, row.values())))
         if self.wandb:
             with self.broadcast():
-                self.wandb.log(row, step=row["global_step"])
-        step, shown = row["global_step"], f"SPS {row['sps']:.0f}  return {row['return_100']:.1f}  KL {row['approx_kl']:.4f}"
+                self.wandb.log(row, step=next(iter(row.values())))
+        step = next(iter(row.values()))
         if self.bar is not None:
             with contextlib.suppress(OSError):  # the terminal is gone
                 self.bar.set_postfix_str(shown, refresh=False)
                 self.bar.update(step - self.bar.n)
         elif time.time() - self.last_line > 5:
             self.last_line = time.time()
-            say(f"step {step:>9,} of {self.total:,}  {shown}")
+            say(f"{self.unit} {step:>{len(f'{self.total:,}')},} of {self.total:,}  {shown}")
 
     def save(self, name: str, content: str | dict):
         """Writes a file under a temporary name first, so that name is whole at any moment, whatever happens."""

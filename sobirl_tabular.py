@@ -1,0 +1,557 @@
+"""Bilevel reinforcement learning on tabular problems: M-SoBiRL, SoBiRL and the methods they are compared with, in one file.
+
+Yang, Gao & Yuan, "Bilevel Reinforcement Learning via the Development of Hyper-gradient without Lower-Level Convexity"
+(arXiv:2405.19697); equation numbers are theirs. A leader chooses parameters x of a reward r(x), a follower answers with the
+optimal policy of the entropy-regularised Markov decision process (P, r(x), gamma, tau), and the leader pays f(x, pi*(x)):
+
+    min_x phi(x) = f(x, pi*(x)),    Q* = r(x) + gamma P V*,    V* = tau log sum_a exp(Q*/tau),    pi* = exp((Q* - V*)/tau)
+
+V* is the fixed point of phi(x, v)_s = tau log sum_a exp((r_sa(x) + gamma P_sa v)/tau), a contraction, so that implicit
+differentiation needs no convexity below, only first derivatives and one linear system of the size of the state space. With
+m = pi* o grad_pi f and U^T m = sum_a m - gamma P^T m the hypergradient is
+
+    grad phi = grad_x f + (1/tau) grad r^T (m - lambda w),    w = (I - gamma P^pi*)^{-T} U^T m,    lambda = pi*              (9)
+
+and most methods differ in w alone: one least-squares step a round (M-SoBiRL), the first term of the Neumann series (78),
+roll-outs (15), or nothing (DRLHF). Everything is float64 and tested against finite differences: tests/test_sobirl.py.
+
+    python sobirl_tabular.py --problem synthetic --method m-sobirl
+    for method in exact m-sobirl drlhf; do python sobirl_tabular.py --problem preference --method $method; done; python plot.py --runs-dir runs
+"""
+
+import math
+import os
+import signal
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Callable, Literal, NamedTuple
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread is fastest for matrices this small
+
+import torch
+import torch.nn.functional as F
+
+from run_folder import Run, Stopwatch, check_runs_dir, fail, parse_args, require, say
+
+
+@dataclass
+class Args:
+    problem: Literal["synthetic", "reward-shaping", "preference"] = "synthetic"
+    """what leader and follower want"""
+    method: Literal["m-sobirl", "exact", "unrolled", "hpgd", "pbrl", "parl", "sobirl", "stoc-sobirl", "drlhf"] = "m-sobirl"
+    """how the leader finds its direction"""
+    exp_name: str = ""
+    """name of the experiment, part of the run folder's name (the method's if empty)"""
+    seed: int = 1
+    """seed of the problem, and of the samples"""
+    rounds: int = 1000
+    """steps of the leader"""
+    runs_dir: str = "runs"
+    """folder that receives the run folder {problem}__{exp_name}__{seed}__{unix time}"""
+    track: bool = False
+    """log to Weights and Biases too (WANDB_MODE=offline needs no account, WANDB_PROJECT names the project)"""
+    gamma: float | None = None
+    """discount factor of the follower (None: the problem's own)"""
+    tau: float | None = None
+    """temperature of the follower (None: the problem's own)"""
+    beta: float | None = None
+    """step size of the leader (None: the problem's own, in each problem one for exact directions, one for m-sobirl, one for samples)"""
+    beta_decay: float | None = None
+    """the step size falls with round^-beta_decay (None: 1/3 for stoc-sobirl, else 0)"""
+    sweeps: int = 10
+    """m-sobirl, unrolled, pbrl: soft Bellman sweeps a round, from where the last round ended"""
+    tol: float = 1e-8
+    """the other methods: error of Q* at which their sweeps end"""
+    w_solver: Literal["gd", "exact"] = "gd"
+    """m-sobirl: gradient steps on the least squares of w, or the solution"""
+    w_steps: int = 1
+    """m-sobirl: gradient steps a round"""
+    xi: float | None = None
+    """m-sobirl: step size of w (None: 1/|A|^2, the largest that cannot overshoot)"""
+    penalty: float = 100.0
+    """pbrl: weight lambda of the follower's regret"""
+    samples: int | None = None
+    """sobirl, stoc-sobirl, hpgd: tuples of trajectories a round (0: exact expectations; None: 0 for sobirl, else 64)"""
+    rollout: int | None = None
+    """sobirl, stoc-sobirl, hpgd: steps of a roll-out (None: until gamma^steps < 0.001)"""
+    depth: Literal["full", "one"] = "full"
+    """sobirl, stoc-sobirl: (15), or its truncation after one step, (78)"""
+    baseline: bool = True
+    """sobirl, stoc-sobirl: subtract the mean of the other samples from l, which changes no expectation (not in the paper)"""
+    momentum: float = 10.0
+    """stoc-sobirl: eta_k = min(1, momentum * round^-2/3), the weight of the new sample (inf: plain SGD)"""
+
+
+def check_args(args: Args) -> None:
+    """Refuses what cannot work before any work starts; every message names the flag and the fix."""
+    need = partial(require, args)
+    optional = lambda ok: lambda value: value is None or ok(value)
+    need("lie in [0, 2^31)", lambda n: 0 <= n < 2**31, "seed")
+    need("lie between 1 and 1,000,000", lambda n: 1 <= n <= 1_000_000, "rounds", "sweeps", "w_steps")
+    need("lie between 1e-12 and 1", lambda x: 1e-12 <= x <= 1, "tol")
+    need("lie in [0, 0.999]", optional(lambda x: 0 <= x <= 0.999), "gamma")
+    need("lie in [0.001, 1,000]", optional(lambda x: 0.001 <= x <= 1_000), "tau")
+    need("be positive, and at most 1,000", optional(lambda x: 0 < x <= 1_000), "beta", "xi")
+    need("be positive, and at most 1,000,000", lambda x: 0 < x <= 1_000_000, "penalty")
+    need("lie in [0, 1]", optional(lambda x: 0 <= x <= 1), "beta_decay")
+    need("lie in [0, 1,000,000]", lambda x: 0 <= x <= 1_000_000, "momentum")
+    need("lie between 0 and 100,000", optional(lambda n: 0 <= n <= 100_000), "samples")
+    need("be at least 2 with the baseline, which is the mean of the others", lambda n: n != 1 or not args.baseline, "samples")
+    need("be at least 1 with stoc-sobirl, which is about samples", lambda n: n != 0 or args.method != "stoc-sobirl", "samples")
+    need("lie between 1 and 100,000", optional(lambda n: 1 <= n <= 100_000), "rollout")
+    need("have at most 100 characters", lambda name: len(name) <= 100, "exp_name")
+    check_runs_dir(args.runs_dir)
+
+
+# Problems
+
+
+@dataclass
+class Problem:
+    """S states, A actions, n parameters. The follower solves (P, reward(x), gamma, tau). The leader's objective is given as
+    a function and as (12), an expectation over tuples of independent trajectories under pi, with the same P and starts rho:
+    objective(x, pi) = E[sum_h costs(x, states, actions)_h]."""
+
+    P: torch.Tensor  # (S, A, S)
+    gamma: float
+    tau: float
+    start: torch.Tensor  # (n,), the first x
+    reward: Callable  # (n,) -> (S, A)
+    objective: Callable  # (n,), (S, A) -> ()
+    costs: Callable  # (n,), states, actions, alive, each (M, tuple_size, H) -> (M, H)
+    beta: float  # step sizes of the leader: with exact directions,
+    beta_tracking: float  # with one least-squares step a round (m-sobirl),
+    beta_sampled: float  # with samples
+    tuple_size: int = 1
+    horizon: int = 0  # steps of a trajectory; 0: it goes on with probability upper_gamma, which stands for discounting by it
+    upper_gamma: float = 0.0
+    optimum: float = math.nan  # min phi where it is known
+
+    @property
+    def rho(self):  # (S,), uniform
+        return torch.full((len(self.P),), 1 / len(self.P), dtype=self.P.dtype)
+
+
+def uniform(*shape, generator):
+    return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+
+def normal(*shape, generator):
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def synthetic(seed: int) -> Problem:
+    """The authors' random problem: r_sa = c_sa x'Mx, f = |x|^2/2 + |pi|^2/2, so that min phi = S/(2A), at x = 0. As (12):
+    two independent state-action pairs coincide with probability |pi|^2/S^2."""
+    S, A, n = 10, 5, 100
+    g = torch.Generator().manual_seed(seed)
+    successors = torch.stack([torch.randperm(S, generator=g) for _ in range(S * A)]) < torch.randint(1, S, (S * A, 1), generator=g)
+    P = (uniform(S * A, S, generator=g) * successors).reshape(S, A, S)
+    c = uniform(S, A, generator=g) * uniform(S, A, generator=g)
+    M = normal(n, n, generator=g)
+
+    def costs(x, s, a, alive):
+        same = (s[:, 0] == s[:, 1]) & (a[:, 0] == a[:, 1])
+        return 0.5 * (x @ x) + 0.5 * S**2 * same.to(x.dtype)
+
+    objective = lambda x, pi: 0.5 * (x @ x) + 0.5 * pi.square().sum()
+    P, start = P / P.sum(-1, keepdim=True), normal(n, generator=g)
+    return Problem(P, 0.5, 1.0, start, lambda x: c * (x @ M @ x), objective, costs, 8e-3, 8e-3, 8e-3, 2, 1, optimum=S / (2 * A))
+
+
+def reward_shaping(seed: int, size: int = 5, price: float = 1e-3) -> Problem:
+    """A grid with a wall, a goal in a corner that pays 1 and leads back to a random cell, and moves that slip once in ten.
+    The leader wants return with discount 0.95; the follower, short-sighted (0.5), sees that reward plus one parameter for
+    each state and action, for which the leader pays price/2 |x|^2. The seed draws the wall's gap."""
+    S, A, true_gamma = size * size, 4, 0.95
+    g = torch.Generator().manual_seed(seed)
+    column, gap = size // 2, int(torch.randint(size, (), generator=g))
+    wall = {(row, column) for row in range(size) if row != gap}
+    P = torch.zeros(S, A, S, dtype=torch.float64)
+    for row in range(size):
+        for col in range(size):
+            for slip, (down, right) in enumerate(((1, 0), (0, 1), (-1, 0), (0, -1))):
+                to = min(max(row + down, 0), size - 1), min(max(col + right, 0), size - 1)
+                to = (row, col) if to in wall else to
+                P[row * size + col, :, to[0] * size + to[1]] += 0.1 / A
+                P[row * size + col, slip, to[0] * size + to[1]] += 0.9
+    P[-1] = 1 / S
+    true = torch.zeros(S, A, dtype=torch.float64)
+    true[-1] = 1.0
+
+    def objective(x, pi):
+        value = torch.linalg.solve(torch.eye(S, dtype=P.dtype) - true_gamma * transition(P, pi), (pi * true).sum(1))
+        return 0.5 * price * (x @ x) - value.mean()
+
+    def costs(x, s, a, alive):
+        first = F.one_hot(torch.zeros(len(s), dtype=torch.long), s.shape[2])
+        return 0.5 * price * (x @ x) * first - (true[s, a] * alive)[:, 0]
+
+    start = torch.zeros(S * A, dtype=torch.float64)
+    return Problem(P, 0.5, 0.1, start, lambda x: true + x.reshape(S, A), objective, costs, 1.0, 3e-3, 0.03, upper_gamma=true_gamma)
+
+
+def preference(seed: int, S: int = 4, A: int = 3, H: int = 2) -> Problem:
+    """Reward learning from preferences between two trajectories of H steps: cross-entropy of the Bradley-Terry model of
+    r(x), one parameter for each state and action, against that of a hidden true reward; all pairs can be enumerated."""
+    g = torch.Generator().manual_seed(seed)
+    P = uniform(S, A, S, generator=g) ** 4
+    P = P / P.sum(-1, keepdim=True)
+    true = 2 * normal(S, A, generator=g)
+    paths = torch.cartesian_prod(*[torch.arange(S), torch.arange(A)] * H).reshape(-1, H, 2)
+    s, a = paths[..., 0], paths[..., 1]  # every trajectory, (D, H)
+    chance = P[s[:, :-1], a[:, :-1], s[:, 1:]].prod(1) / S  # (D,), without the policy's part
+
+    def loss(r, first, second):  # states and actions of the two sides, each (..., H) -> (...)
+        margin = lambda r: r[first].sum(-1) - r[second].sum(-1)
+        return F.binary_cross_entropy_with_logits(margin(r), margin(true).sigmoid(), reduction="none")
+
+    def objective(x, pi):
+        p = chance * pi[s, a].prod(1)
+        return p @ loss(x.reshape(S, A), (s[:, None], a[:, None]), (s[None], a[None])) @ p
+
+    def costs(x, s, a, alive):  # the whole loss is due at the last step
+        last = F.one_hot(torch.full((len(s),), s.shape[2] - 1), s.shape[2])
+        return loss(x.reshape(S, A), (s[:, 0], a[:, 0]), (s[:, 1], a[:, 1]))[:, None] * last
+
+    return Problem(P, 0.9, 0.2, normal(S * A, generator=g), lambda x: x.reshape(S, A), objective, costs, 0.3, 0.1, 0.1, 2, H)
+
+
+PROBLEMS = {"synthetic": synthetic, "reward-shaping": reward_shaping, "preference": preference}
+
+
+# The follower
+
+
+def transition(P, pi):
+    """P^pi, (S, S)."""
+    return torch.einsum("sa,sap->sp", pi, P)
+
+
+def soft_value(Q, tau):
+    """V = tau log sum_a exp(Q/tau) (10), (S, A) -> (S,)."""
+    return tau * torch.logsumexp(Q / tau, 1)
+
+
+def sweep(problem: Problem, r, Q):
+    """The soft Bellman optimality operator, a gamma-contraction in the maximum norm, (S, A) -> (S, A)."""
+    return r + problem.gamma * problem.P @ soft_value(Q, problem.tau)
+
+
+def best_response(problem: Problem, r, Q, tol: float):
+    """Q within tol of Q*, by as many sweeps as the contraction asks for, and how many."""
+    gap = float((sweep(problem, r, Q) - Q).abs().max())  # |Q - Q*| <= gap / (1 - gamma)
+    count = 1
+    if problem.gamma > 0 and gap > tol * (1 - problem.gamma):
+        count = math.ceil(math.log(tol * (1 - problem.gamma) / gap) / math.log(problem.gamma))
+    for _ in range(count):
+        Q = sweep(problem, r, Q)
+    return Q, count
+
+
+def solve_follower(problem: Problem, r, Q):
+    """Q* to machine precision by soft policy iteration, which is Newton's method on V = phi(x, V): for the measurements."""
+    eye = torch.eye(len(problem.P), dtype=r.dtype)
+    for _ in range(100):
+        log_pi = torch.log_softmax(Q / problem.tau, 1)
+        pi = log_pi.exp()
+        V = torch.linalg.solve(eye - problem.gamma * transition(problem.P, pi), (pi * (r - problem.tau * log_pi)).sum(1))
+        last, Q = Q, r + problem.gamma * problem.P @ V
+        if (Q - last).abs().max() <= 1e-13 * (1 + Q.abs().max()):
+            break
+    return sweep(problem, r, Q)
+
+
+# The leader: every method returns a direction, (n,), from x, the follower's Q, and what it remembers from round to round
+
+
+def gradients(problem: Problem, x, pi):
+    """grad_x f (n,) and pi o grad_pi f (S, A)."""
+    x, pi = x.detach().requires_grad_(), pi.detach().requires_grad_()
+    by_x, by_pi = torch.autograd.grad(problem.objective(x, pi), (x, pi))
+    return by_x, pi.detach() * by_pi
+
+
+def pull_back(problem: Problem, x, weights):
+    """grad r(x)^T weights, (S, A) -> (n,): grad r itself is never formed."""
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad((problem.reward(x) * weights).sum(), x)[0]
+
+
+def adjoint_system(problem: Problem, pi, m):
+    """A = (I - gamma P^pi)^T and b = U^T m of w = A^{-1} b."""
+    A = torch.eye(len(pi), dtype=pi.dtype) - problem.gamma * transition(problem.P, pi).T
+    return A, m.sum(1) - problem.gamma * torch.einsum("sap,sa->p", problem.P, m)
+
+
+def exact(problem, x, Q, memory, args, generator):
+    """(9), with the linear system solved."""
+    pi = torch.softmax(Q / problem.tau, 1)
+    by_x, m = gradients(problem, x, pi)
+    w = torch.linalg.solve(*adjoint_system(problem, pi, m))
+    return by_x + pull_back(problem, x, m - pi * w[:, None]) / problem.tau
+
+
+def m_sobirl(problem, x, Q, memory, args, generator):
+    """Algorithm 1: w follows the solution by gradient steps on |Aw - b|^2/2, warm-started; at
+    first (the algorithm's input w_0) it is that solution."""
+    pi = torch.softmax(Q / problem.tau, 1)
+    by_x, m = gradients(problem, x, pi)
+    A, b = adjoint_system(problem, pi, m)
+    w = memory["w"] if "w" in memory else torch.linalg.solve(A, b)
+    xi = args.xi or float(torch.linalg.matrix_norm(A, 2)) ** -2
+    for _ in range(args.w_steps):
+        w = w - xi * A.T @ (A @ w - b)
+    if args.w_solver == "exact":
+        w = torch.linalg.solve(A, b)
+    memory["w"] = w
+    policy = torch.softmax(sweep(problem, problem.reward(x), Q) / problem.tau, 1)  # lambda of grad_x phi(x, V), V of (10)
+    return by_x + pull_back(problem, x, m - policy * w[:, None]) / problem.tau
+
+
+def unrolled(problem, x, Q, memory, args, generator):
+    """Autograd through this round's sweeps; what the rounds before contributed to Q is a constant."""
+    x, Q = x.detach().requires_grad_(), memory["Q before"]
+    r = problem.reward(x)
+    for _ in range(args.sweeps):
+        Q = sweep(problem, r, Q)
+    return torch.autograd.grad(problem.objective(x, torch.softmax(Q / problem.tau, 1)), x)[0]
+
+
+def drlhf(problem, x, Q, memory, args, generator):
+    """(13) alone: the leader takes the policy for given (Christiano et al., 2017)."""
+    return gradients(problem, x, torch.softmax(Q / problem.tau, 1))[0]
+
+
+def pbrl(problem, x, Q, memory, args, generator):
+    """Shen et al. (2024): min f(x, y) + penalty (V*(x) - V^y(x)) over x and a second policy y. y takes mirror ascent steps on
+    penalty V^y - f, in each towards exp(Q^y - grad_pi f/(penalty d))/tau), d its discounted visits to the states."""
+    r, eye = problem.reward(x), torch.eye(len(Q), dtype=Q.dtype)
+    visits = lambda pi: torch.linalg.solve(eye - problem.gamma * transition(problem.P, pi).T, problem.rho)
+    pi = torch.softmax(Q / problem.tau, 1)
+    logits = memory.get("logits", Q / problem.tau)
+    step = 1 / (1 + 1 / (args.penalty * problem.tau * (1 - problem.gamma)))
+    for _ in range(args.sweeps):
+        log_y = torch.log_softmax(logits, 1)
+        y = log_y.exp()
+        value = torch.linalg.solve(eye - problem.gamma * transition(problem.P, y), (y * (r - problem.tau * log_y)).sum(1))
+        by_y = gradients(problem, x, y)[1] / y.clamp_min(1e-300)
+        target = r + problem.gamma * problem.P @ value - by_y / (args.penalty * visits(y)[:, None])
+        logits = (1 - step) * log_y + step * target / problem.tau
+    y = torch.softmax(logits, 1)
+    memory["logits"] = logits
+    regret = visits(pi)[:, None] * pi - visits(y)[:, None] * y  # of y, by the entries of r
+    return gradients(problem, x, y)[0] + args.penalty * pull_back(problem, x, regret)
+
+
+def parl(problem, x, Q, memory, args, generator):
+    """Chakraborty et al. (2024): implicit differentiation of grad_theta V = 0 for a softmax policy theta. Its Hessian is
+    singular, since theta_s + constant is the same policy: pseudo-inverse."""
+
+    def value(theta, x):
+        log_pi = torch.log_softmax(theta, 1)
+        system = torch.eye(len(theta), dtype=theta.dtype) - problem.gamma * transition(problem.P, log_pi.exp())
+        return torch.linalg.solve(system, (log_pi.exp() * (problem.reward(x) - problem.tau * log_pi)).sum(1)).mean()
+
+    x, theta = x.detach().requires_grad_(), (Q / problem.tau).detach().requires_grad_()
+    f = problem.objective(x, torch.softmax(theta, 1))
+    by_x, by_theta = torch.autograd.grad(f, (x, theta))
+    hessian = torch.func.hessian(value)(theta.detach(), x.detach()).reshape(theta.numel(), -1)
+    z = torch.linalg.pinv(hessian, rtol=1e-10, hermitian=True) @ by_theta.flatten()
+    slope = torch.autograd.grad(value(theta, x), theta, create_graph=True)[0]
+    return by_x - torch.autograd.grad(slope.flatten() @ z, x)[0]
+
+
+class Sample(NamedTuple):
+    """M tuples of trajectories of the leader's objective, and two roll-outs of T steps in the follower's problem for each
+    step in them: from its state and action, for grad Q, and from its state alone, for grad V."""
+
+    s: torch.Tensor  # (M, tuple_size, H)
+    a: torch.Tensor
+    alive: torch.Tensor  # bool, False behind a trajectory's end
+    after_q: tuple[torch.Tensor, torch.Tensor]  # states and actions, each (V, T), for the V steps alive, in their order
+    after_v: tuple[torch.Tensor, torch.Tensor]
+
+
+def walk(P, pi, s, steps: int, generator, a=None):
+    """States and actions, each (N, steps), from states s (N,) on, the first actions given or drawn."""
+    states, actions = [], []
+    for _ in range(steps):
+        a = torch.multinomial(pi[s], 1, generator=generator)[:, 0] if a is None else a
+        states.append(s)
+        actions.append(a)
+        s, a = torch.multinomial(P[s, a], 1, generator=generator)[:, 0], None
+    return torch.stack(states, 1), torch.stack(actions, 1)
+
+
+def draw(problem: Problem, pi, args, generator) -> Sample:
+    count = args.samples * problem.tuple_size
+    length = torch.full((count,), problem.horizon)
+    if not problem.horizon:  # geometric, mean 1/(1 - upper_gamma)
+        length = 1 + (torch.log(uniform(count, generator=generator)) / math.log(problem.upper_gamma)).long()
+    begin = torch.multinomial(problem.rho, count, replacement=True, generator=generator)
+    s, a = walk(problem.P, pi, begin, int(length.max()), generator)
+    alive = torch.arange(s.shape[1]) < length[:, None]
+    after_q = walk(problem.P, pi, s[alive], args.rollout, generator, a[alive])
+    after_v = walk(problem.P, pi, s[alive], args.rollout, generator)
+    return Sample(*(y.reshape(args.samples, problem.tuple_size, -1) for y in (s, a, alive)), after_q, after_v)
+
+
+def estimate(problem: Problem, x, pi, sample: Sample, behaviour, args):
+    """(15), or with depth "one" (78), at x and pi from a sample of the policy `behaviour`, each part of it weighed by its
+    likelihood ratio: the gradient of mean l + (1/tau) mean of l times the sum over steps of (Q - V), l in the latter constant."""
+    x, ratio = x.detach().requires_grad_(), pi / behaviour.clamp_min(1e-300)
+    s, a, alive = sample.s, sample.a, sample.alive
+    weight = torch.where(alive, ratio[s, a], 1.0).flatten(1).prod(1).clamp_max(10)  # (M,); clipping is our own addition
+    l = problem.costs(x, s, a, alive).sum(1)
+    centred = l.detach()
+    if args.baseline:
+        centred = centred - (centred.sum() - centred) / (len(l) - 1)
+    r = problem.reward(x)
+    if args.depth == "one":
+        advantage = (r - (pi * r).sum(1, keepdim=True))[s[alive], a[alive]]
+    else:
+        discount = problem.gamma ** torch.arange(args.rollout, dtype=r.dtype)
+        total = lambda path, odds: (discount * odds.cumprod(1).clamp_max(10) * r[path]).sum(1)
+        given = torch.cat([torch.ones_like(discount[:1]).expand(int(alive.sum()), 1), ratio[sample.after_q][:, 1:]], 1)
+        advantage = total(sample.after_q, given) - total(sample.after_v, ratio[sample.after_v])  # (V,)
+    owner = torch.arange(len(l))[:, None, None].expand_as(s)[alive]
+    surrogate = (weight * l).mean() + ((weight * centred)[owner] * advantage).sum() / (len(l) * problem.tau)
+    return torch.autograd.grad(surrogate, x)[0]
+
+
+def sobirl(problem, x, Q, memory, args, generator):
+    """Algorithm 2: (15) with the policy at hand; without samples its expectation, which is (9) at that policy."""
+    pi = torch.softmax(Q / problem.tau, 1)
+    if args.samples:
+        return estimate(problem, x, pi, draw(problem, pi, args, generator), pi, args)
+    if args.depth == "full":
+        return exact(problem, x, Q, memory, args, generator)
+    by_x, m = gradients(problem, x, pi)  # (78): what gamma multiplies is dropped
+    return by_x + pull_back(problem, x, m - pi * m.sum(1, keepdim=True)) / problem.tau
+
+
+def momentum_step(previous, new, before, eta: float):
+    """h_k = g(x_k) + (1 - eta)(h_{k-1} - g(x_{k-1})), both g from the same sample (STORM)."""
+    return new + (1 - eta) * (previous - before)
+
+
+def stoc_sobirl(problem, x, Q, memory, args, generator):
+    """Stoc-SoBiRL: momentum-corrected (15)."""
+    pi = torch.softmax(Q / problem.tau, 1)
+    sample = draw(problem, pi, args, generator)
+    h = estimate(problem, x, pi, sample, pi, args)
+    memory["round"] = memory.get("round", 0) + 1
+    if "h" in memory:
+        before = estimate(problem, memory["x"], memory["pi"], sample, pi, args)
+        h = momentum_step(memory["h"], h, before, min(1.0, args.momentum * memory["round"] ** (-2 / 3)))
+    memory.update(h=h, x=x, pi=pi)
+    return h
+
+
+def visit_means(values, s, a, S: int, A: int):
+    """Mean of values over the visits to each (s, a) minus that over the visits to s; values, s, a (V,) -> (S, A)."""
+    mean = lambda index, size: torch.zeros(size, dtype=values.dtype).index_add(0, index, values) / torch.bincount(index, minlength=size).clamp_min(1)
+    return mean(s * A + a, S * A).reshape(S, A) - mean(s, S)[:, None]
+
+
+def hpgd(problem, x, Q, memory, args, generator):
+    """Thoma et al. (2024): (14) with causal advantages of the leader, A_U, in place of l, and grad A of the follower as a mean
+    over visits; without samples its expectation."""
+    pi = torch.softmax(Q / problem.tau, 1)
+    if not args.samples:
+        by_x, m = gradients(problem, x, pi)
+        m = m - pi * m.sum(1, keepdim=True)  # visits times A_U
+        w = torch.linalg.solve(*adjoint_system(problem, pi, m))
+        return by_x + pull_back(problem, x, m - pi * w[:, None]) / problem.tau
+    (S, A), sample, x = pi.shape, draw(problem, pi, args, generator), x.detach().requires_grad_()
+    costs = problem.costs(x, sample.s, sample.a, sample.alive)  # (M, H)
+    to_go = costs.detach().flip(1).cumsum(1).flip(1)[:, None].expand(sample.s.shape)[sample.alive]
+    s, a = sample.s[sample.alive], sample.a[sample.alive]
+    advantage = visit_means(to_go, s, a, S, A)  # A_U
+    begin = torch.multinomial(problem.rho, args.samples, replacement=True, generator=generator)
+    states, actions = walk(problem.P, pi, begin, 2 * args.rollout, generator)
+    rewards, suffix, sums = problem.reward(x)[states, actions], 0.0, []
+    for t in reversed(range(2 * args.rollout)):
+        suffix = rewards[:, t] + problem.gamma * suffix
+        sums.append(suffix)
+    first = slice(0, args.rollout)  # whose sums reach at least as far as a roll-out
+    values = torch.stack(sums[::-1], 1)[:, first].flatten()
+    lower = visit_means(values, states[:, first].flatten(), actions[:, first].flatten(), S, A)  # grad of it: grad A
+    surrogate = costs.sum(1).mean() + (advantage * lower)[s, a].sum() / (args.samples * problem.tau)
+    return torch.autograd.grad(surrogate, x)[0]
+
+
+METHODS = {"m-sobirl": m_sobirl, "exact": exact, "unrolled": unrolled, "hpgd": hpgd, "pbrl": pbrl, "parl": parl}
+METHODS |= {"sobirl": sobirl, "stoc-sobirl": stoc_sobirl, "drlhf": drlhf}
+FIXED_SWEEPS = ("m-sobirl", "unrolled", "pbrl")
+
+
+def complete(args: Args) -> tuple[Args, Problem]:
+    """The problem, and every flag that was left to it or to the method."""
+    problem = PROBLEMS[args.problem](args.seed)
+    problem = replace(problem, **{k: v for k in ("gamma", "tau") if (v := getattr(args, k)) is not None})
+    fill = lambda args, **own: replace(args, **{k: v for k, v in own.items() if getattr(args, k) in (None, "")})
+    args = fill(args, gamma=problem.gamma, tau=problem.tau, exp_name=args.method, samples=64 if args.method in ("hpgd", "stoc-sobirl") else 0)
+    tracking = args.method == "m-sobirl" and args.w_solver == "gd"
+    beta = problem.beta_tracking if tracking else problem.beta_sampled if args.samples else problem.beta
+    if args.method == "stoc-sobirl":
+        beta *= 4  # because it falls
+    rollout = math.ceil(math.log(1e-3) / math.log(problem.gamma)) if problem.gamma > 0 else 1
+    return fill(args, beta=beta, beta_decay=1 / 3 if args.method == "stoc-sobirl" else 0.0, rollout=rollout), problem
+
+
+def train(args: Args) -> Path:
+    args, problem = complete(args)
+    generator = torch.Generator().manual_seed(args.seed)
+    run = Run(args, args.problem, args.rounds, unit="round")
+    x, memory, seconds = problem.start, {}, 0.0
+    Q = optimum = torch.zeros(problem.P.shape[:2], dtype=x.dtype)
+    for step in range(args.rounds + 1):  # the last one only measures
+        lap = Stopwatch()
+        memory["Q before"], sweeps, r = Q, args.sweeps, problem.reward(x)
+        if args.method in FIXED_SWEEPS:
+            for _ in range(args.sweeps):
+                Q = sweep(problem, r, Q)
+        else:
+            Q, sweeps = best_response(problem, r, Q, args.tol)
+        lap("follower")
+        direction = METHODS[args.method](problem, x, Q, memory, args, generator)
+        beta = args.beta / (step + 1) ** args.beta_decay
+        lap("leader")
+
+        # Measurements, whose time does not count: phi and its gradient with the follower solved to machine precision
+        optimum = solve_follower(problem, r, optimum)
+        gradient = exact(problem, x, optimum, {}, args, None)
+        pi, best = torch.softmax(Q / problem.tau, 1), torch.softmax(optimum / problem.tau, 1)
+        phi = float(problem.objective(x, best))
+        if not (math.isfinite(phi) and bool(direction.isfinite().all())):
+            run.stop(f"error: x has diverged in round {step}: lower --beta {args.beta:g}")
+        seconds += lap.seconds["follower"] + lap.seconds["leader"]
+        row = {"round": step, "seconds": round(seconds, 6), "phi": phi, "gradient_norm": float(gradient.norm())}
+        row |= {"cosine": float(F.cosine_similarity(direction, gradient, dim=0, eps=1e-300)), "direction_norm": float(direction.norm())}
+        row |= {"policy_error": float((pi - best).abs().max()), "sweeps": sweeps}
+        row |= {f"seconds_{phase}": round(spent, 6) for phase, spent in lap.seconds.items()}
+        run.log(row, f"phi {phi:.6g}  |grad phi| {row['gradient_norm']:.3g}  cosine {row['cosine']:.4f}")
+        if run.signal:
+            run.stop(f"stopped in round {step}", status=128 + run.signal)
+        if step < args.rounds:
+            x = x - beta * direction
+    run.save("solution.pt", {"x": x, "policy": best, "Q": optimum, "phi": phi, "config": run.config})
+    known = f", optimum {problem.optimum:g}" if math.isfinite(problem.optimum) else ""
+    say(f"{args.rounds:,} rounds in {seconds:.2f} s: phi {phi:.6g}{known}, |grad phi| {row['gradient_norm']:.3g}")
+    run.close()
+    say(f"results in {run.folder}")
+    return run.folder
+
+
+def main(argv: list[str] | None = None) -> Path:
+    args = parse_args(Args, __doc__, argv)
+    check_args(args)
+    return train(args)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # outside of the rounds Ctrl-C just ends
+    main()
