@@ -97,7 +97,7 @@ def check_args(args: Args) -> None:
     need("lie in [0, 1]", optional(lambda x: 0 <= x <= 1), "beta_decay")
     need("lie in [0, 1,000,000]", lambda x: 0 <= x <= 1_000_000, "momentum")
     need("lie between 0 and 100,000", optional(lambda n: 0 <= n <= 100_000), "samples")
-    need("be at least 2 with the baseline, which is the mean of the others", lambda n: n != 1 or not args.baseline, "samples")
+    need("be at least 2, or come with --no-baseline: the baseline is the mean of the others", lambda n: n != 1 or not args.baseline, "samples")
     need("be at least 1 with stoc-sobirl, which is about samples", lambda n: n != 0 or args.method != "stoc-sobirl", "samples")
     need("lie between 1 and 100,000", optional(lambda n: 1 <= n <= 100_000), "rollout")
     need("have at most 100 characters", lambda name: len(name) <= 100, "exp_name")
@@ -491,15 +491,19 @@ FIXED_SWEEPS = ("m-sobirl", "unrolled", "pbrl")
 def complete(args: Args) -> tuple[Args, Problem]:
     """The problem, and every flag that was left to it or to the method."""
     problem = PROBLEMS[args.problem](args.seed)
-    problem = replace(problem, **{k: v for k in ("gamma", "tau") if (v := getattr(args, k)) is not None})
     fill = lambda args, **own: replace(args, **{k: v for k, v in own.items() if getattr(args, k) in (None, "")})
     args = fill(args, gamma=problem.gamma, tau=problem.tau, exp_name=args.method, samples=64 if args.method in ("hpgd", "stoc-sobirl") else 0)
+    problem = replace(problem, gamma=args.gamma, tau=args.tau)
     tracking = args.method == "m-sobirl" and args.w_solver == "gd"
     beta = problem.beta_tracking if tracking else problem.beta_sampled if args.samples else problem.beta
     if args.method == "stoc-sobirl":
         beta *= 4  # because it falls
     rollout = math.ceil(math.log(1e-3) / math.log(problem.gamma)) if problem.gamma > 0 else 1
-    return fill(args, beta=beta, beta_decay=1 / 3 if args.method == "stoc-sobirl" else 0.0, rollout=rollout), problem
+    args = fill(args, beta=beta, beta_decay=1 / 3 if args.method == "stoc-sobirl" else 0.0, rollout=rollout)
+    steps = args.samples * problem.tuple_size * (problem.horizon or 1 / (1 - problem.upper_gamma)) * args.rollout
+    if steps > 1e8:
+        fail(f"--samples must leave at most 1e8 steps of roll-outs to a round, got {args.samples}, {steps:.1g} steps: lower it or --rollout")
+    return args, problem
 
 
 def train(args: Args) -> Path:
@@ -511,6 +515,8 @@ def train(args: Args) -> Path:
     for step in range(args.rounds + 1):  # the last one only measures
         lap = Stopwatch()
         memory["Q before"], sweeps, r = Q, args.sweeps, problem.reward(x)
+        if not r.abs().max() < 1e100:
+            run.stop(f"error: x has diverged in round {step}: lower --beta {args.beta:g}")
         if args.method in FIXED_SWEEPS:
             for _ in range(args.sweeps):
                 Q = sweep(problem, r, Q)

@@ -99,12 +99,12 @@ def reference(request, tmp_path_factory):
 def interrupted(script, tmp_path, monkeypatch, iteration, *flags):
     """A run that dies in the middle of an iteration, having written half a row; its folder."""
 
-    def log(self, row):
+    def log(self, row, shown):
         if row["global_step"] > 64 * iteration:
             self.files["progress.csv"].write("7,7")
             self.close()  # as the kernel would
             raise Killed
-        original(self, row)
+        original(self, row, shown)
 
     original = run_folder.Run.log
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -487,11 +487,11 @@ def test_any_command_line_trains_or_names_the_flag(script, tmp_path, capsys, mon
     class Enough(Exception):
         pass
 
-    def log(self, row):
+    def log(self, row, shown):
         if row["global_step"] > 2 * self.config["flags"]["num_envs"] * self.config["flags"]["num_steps"]:
             self.close()
             raise Enough
-        original(self, row)
+        original(self, row, shown)
 
     original, seen = run_folder.Run.log, {"trained": 0, "refused": 0}
     monkeypatch.setattr(run_folder.Run, "log", log)
