@@ -294,6 +294,30 @@ def test_monte_carlo_error_falls_with_the_root_of_the_samples(name):
         assert 1.5 < earlier / later < 2.7, errors  # 2
 
 
+def test_baseline_is_the_mean_of_the_others():
+    """Which leaves a sample's own score unbiased, unlike the mean of all."""
+    problem, args = tiny(gamma=0.5), replace(ARGS, samples=3, rollout=8)
+    x, pi = problem.start, optimum(problem, problem.start)[1]
+    sample = sobirl.draw(problem, pi, args, torch.Generator().manual_seed(0))
+    l = problem.costs(x, sample.s, sample.a, sample.alive).sum(1)
+    others = torch.stack([l[[1, 2]].mean(), l[[0, 2]].mean(), l[[0, 1]].mean()])
+    plain = replace(args, baseline=False)
+    of_others = sobirl.estimate(replace(problem, costs=lambda *_: others[:, None]), x, pi, sample, pi, plain)
+    close(sobirl.estimate(problem, x, pi, sample, pi, args), sobirl.estimate(problem, x, pi, sample, pi, plain) - of_others, 1e-10)
+
+
+def test_hpgd_is_consistent():
+    """Where all of the hypergradient is implicit, and moves are certain, so that what lies ahead matters."""
+    problem, g = tiny(gamma=0.8), torch.Generator().manual_seed(0)
+    cost = sobirl.normal(4, 3, generator=g)
+    problem = replace(problem, P=torch.nn.functional.one_hot(problem.P.argmax(-1), 4).double(), costs=lambda x, s, a, alive: cost[s, a].sum(1))
+    (s, a), chance = tuples(problem)
+    problem = replace(problem, objective=lambda x, pi: chance(pi) @ cost[s, a].sum((1, 2)) + 0 * x.sum())
+    Q, args, target = optimum(problem, problem.start)[0], replace(ARGS, samples=4000, rollout=30), direction("exact", problem, problem.start)
+    mean, error = mean_and_error([sobirl.hpgd(problem, problem.start, Q, {}, args, g) for _ in range(8)])
+    assert ((mean - target).abs() < 6 * error).all() and (mean - target).norm() < 0.05 * target.norm(), (mean - target) / error
+
+
 def test_visit_means_by_hand():
     values, s, a = torch.tensor([1.0, 3.0, 8.0, 5.0]), torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 1, 1])
     assert sobirl.visit_means(values, s, a, 2, 2).tolist() == [[2 - 4, 8 - 4], [0 - 5, 0]]
@@ -312,6 +336,13 @@ def test_momentum():
         eta = (k + 1) ** (-2 / 3)
         expected = plain[0] if k == 0 else expected + eta * (plain[k] - expected)
         close(h, expected, 1e-10)
+    # x and pi have moved: the new sample, of the new policy, is evaluated at the old ones too
+    x, new, old = problem.start + 0.1, optimum(problem, problem.start + 0.1)[0], dict(memory)
+    pi = torch.softmax(new / problem.tau, 1)
+    sample = sobirl.draw(problem, pi, args, generators[0])
+    now, then = (sobirl.estimate(problem, *point, sample, pi, args) for point in ((x, pi), (problem.start, torch.softmax(Q / problem.tau, 1))))
+    close(sobirl.stoc_sobirl(problem, x, new, memory, args, generators[1]), now + (1 - 5 ** (-2 / 3)) * (old["h"] - then), 1e-10)
+    assert (now - then).norm() > 1e-3
 
 
 # What tells the methods apart
