@@ -7,7 +7,7 @@ results/{env_id}__{exp_name}__{seed}.csv holds about 200 points of a run: the me
 the seconds it took so far (with whatever else the machine did), BLPO's diagnostics. results/summary.csv has a line per run
 with its final return_100, its deterministic evaluation, versions and flags. results/speed.csv (by speed.py --csv) and
 results/solvers.csv (by solvers.py) are drawn if they are there. Runs of sobirl_tabular.py go into results/tabular.csv (40 points
-a run) and results/tabular_summary.csv, and from there into a table and a figure of their own.
+a run) and results/tabular_summary.csv, and from there into a table and a figure of their own. results/tables.md is what is printed.
 
 Statistics: seeds are the unit. Bands and intervals are 95 %: bootstrap over seeds for curves and aggregates, Student's t for
 the mean of a cell, Welch's for differences. Aggregates normalise a return by the environment: 0 is the first point of all
@@ -40,6 +40,7 @@ STYLES = {
     "ppo-matched": ("#000000", (0, (5, 1)), "PPO, matched"),
     "ppo": ("#D55E00", (0, (1, 2)), "PPO, CleanRL's flags"),
 }
+VARIANTS = ("blpo-released", "blpo-cg", "blpo-pcg", "control")  # a figure of their own
 CURVE = ("global_step", "return_100", "wall_seconds", "implicit_cosine", "implicit_norm_ratio", "ihvp_correction")
 PRIVATE = ("runs_dir", "env_id", "exp_name", "seed", "checkpoint_every", "resume", "evaluate", "eval_every", "capture_video", "track")
 
@@ -132,6 +133,37 @@ def beats(x, y) -> float:
     return float(np.mean((x[:, None] > y) + 0.5 * (x[:, None] == y)))
 
 
+def formatter(finals, env_id):
+    decimals = 0 if max(abs(x).max() for (env, _), x in finals.items() if env == env_id) >= 1000 else 1
+    return lambda x: f"{x:,.{decimals}f}"
+
+
+def with_spread(final, show) -> str:
+    return show(final.mean()) + (f" ± {show(scipy.stats.t.ppf(0.975, len(final) - 1) * scipy.stats.sem(final))}" if len(final) > 1 else "")
+
+
+def ahead(blpo, other, show) -> tuple[str, str]:
+    """The interval of the difference of the means, and P(BLPO > other); empty where the seeds tell nothing."""
+    if min(len(other), len(blpo)) < 2 or np.std(other) + np.std(blpo) == 0:
+        return "", ""
+    interval = scipy.stats.ttest_ind(blpo, other, equal_var=False).confidence_interval()
+    return f"{show(interval.low)} to {show(interval.high)}", f"{beats(blpo, other):.2f}"
+
+
+def overview(summary) -> str:
+    """Markdown: a line per environment that has BLPO and PPO."""
+    finals, main = grouped(summary), ("ppo", "ppo-matched", "nested", "blpo")
+    methods = [method for method in main if any(m == method for _, m in finals)]
+    lines = [f"| environment | {' | '.join(style(m)[2] for m in methods)} | BLPO minus PPO, matched | P(BLPO > PPO) |"]
+    lines.append("|---" * (len(methods) + 3) + "|")
+    for env_id in dict.fromkeys(env for env, _ in finals):
+        if (env_id, "blpo") in finals and (env_id, "ppo-matched") in finals:
+            show = formatter(finals, env_id)
+            cells = [with_spread(finals[env_id, m], show) if (env_id, m) in finals else "" for m in methods]
+            lines.append(f"| {' | '.join([env_id, *cells, *ahead(finals[env_id, 'blpo'], finals[env_id, 'ppo-matched'], show)])} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
 def table(summary) -> str:
     """Markdown: a line per environment and method, final training returns over seeds and how far BLPO is ahead."""
     lines = ["| environment | method | seeds | return, last 100 training episodes | BLPO minus this | P(BLPO > this) | each seed | deterministic evaluation |"]
@@ -139,19 +171,11 @@ def table(summary) -> str:
     finals, evaluations = grouped(summary), defaultdict(list)
     for row in summary:
         evaluations[row["env_id"], row["exp_name"]].append(float(row["eval_return"]))
-
-    def digits(x):
-        return f"{x:,.0f}" if max(abs(v).max() for (env, _), v in finals.items() if env == env_id) >= 1000 else f"{x:,.1f}"
-
     for (env_id, method), final in finals.items():
-        blpo, ahead, chance, spread = finals.get((env_id, "blpo"), []), "", "", ""
-        if len(final) > 1:
-            spread = f" ± {digits(scipy.stats.t.ppf(0.975, len(final) - 1) * scipy.stats.sem(final))}"
-        if method != "blpo" and min(len(final), len(blpo)) > 1 and np.std(final) + np.std(blpo) > 0:
-            interval = scipy.stats.ttest_ind(blpo, final, equal_var=False).confidence_interval()
-            ahead, chance = f"{digits(interval.low)} to {digits(interval.high)}", f"{beats(blpo, final):.2f}"
-        each, evaluation = ", ".join(map(digits, final)), digits(np.mean(evaluations[env_id, method]))
-        cells = (env_id, style(method)[2], len(final), digits(final.mean()) + spread, ahead, chance, each, evaluation)
+        show = formatter(finals, env_id)
+        difference = ahead(finals.get((env_id, "blpo"), []), final, show) if method != "blpo" else ("", "")
+        each, evaluation = ", ".join(map(show, final)), show(np.mean(evaluations[env_id, method]))
+        cells = (env_id, style(method)[2], len(final), with_spread(final, show), *difference, each, evaluation)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
@@ -292,8 +316,8 @@ def draw_solvers(rows):
     return fig
 
 
-def draw_benchmark(results: Path, figures: Path):
-    """Prints the tables of results/summary.csv and draws all figures of it."""
+def benchmark(results: Path, figures: Path) -> str:
+    """Draws all figures of results/summary.csv; its tables."""
     summary = read(results / "summary.csv")
     curves, missing = defaultdict(list), {(env, method): len(x) for (env, method), x in grouped(summary).items()}
     if silent := [f"{row['env_id']} {row['exp_name']} {row['seed']}" for row in summary if not np.isfinite(float(row["return_100"]))]:
@@ -301,15 +325,20 @@ def draw_benchmark(results: Path, figures: Path):
     for row in sorted(summary, key=order):
         points = read(results / f"{row['env_id']}__{row['exp_name']}__{row['seed']}.csv")
         curves[row["env_id"], row["exp_name"]].append({k: np.array([float(p[k]) for p in points]) for k in points[0]})
-    print(table(summary))
+    tables = [overview(summary), table(summary)]
     if few := [f"{env} {style(method)[2]} ({n})" for (env, method), n in missing.items() if n < max(missing.values())]:
-        print(f"\nfewer seeds than others: {', '.join(few)}")
+        tables.append(f"fewer seeds than others: {', '.join(few)}")
     first = defaultdict(list)
     for (env_id, _), runs in curves.items():
         first[env_id] += [run["return_100"][np.isfinite(run["return_100"])][0] for run in runs if np.isfinite(run["return_100"]).any()]
     first = {env_id: np.mean(values) for env_id, values in first.items() if values}
     label = "return, mean of the last 100 episodes"
-    save(draw_curves(curves, "global_step", "return_100", "environment steps (millions)", label, 1e6), figures, "curves")
+    steps = ("global_step", "return_100", "environment steps (millions)", label, 1e6)
+    save(draw_curves({key: runs for key, runs in curves.items() if key[1] not in VARIANTS} or curves, *steps), figures, "curves")
+    varied = {env for env, method in curves if method in VARIANTS}
+    if varied and any(method not in VARIANTS for _, method in curves):
+        shown = {key: runs for key, runs in curves.items() if key[0] in varied and key[1] in ("blpo", *VARIANTS)}
+        save(draw_curves(shown, *steps), figures, "variants")
     save(draw_curves(curves, "wall_seconds", "return_100", "wall-clock time (minutes)", label, 60), figures, "time")
     bilevel = {key: runs for key, runs in curves.items() if any("ihvp_correction" in run for run in runs)}
     for name, what in dict(implicit_cosine="cosine of implicit term and policy gradient", implicit_norm_ratio="norm of implicit term / policy gradient",
@@ -317,15 +346,17 @@ def draw_benchmark(results: Path, figures: Path):
         if bilevel:
             save(draw_curves(bilevel, "global_step", name, "environment steps (millions)", what, 1e6), figures, name)
     if result := aggregate(summary, first):
-        print("\n| over the environments that have all of BLPO, PPO matched and the method | IQM of normalised returns | P(BLPO > this) |\n|---|---|---|")
+        lines = ["| over the environments that have all of BLPO, PPO matched and the method | IQM of normalised returns | P(BLPO > this) |", "|---|---|---|"]
         for method, values in result.items():
             cells = ["{:.2f} ({:.2f} to {:.2f})".format(*values[name]) if name in values else "" for name in ("iqm", "chance")]
-            print(f"| {style(method)[2]} ({len(values['environments'])}) | {' | '.join(cells)} |")
+            lines.append(f"| {style(method)[2]} ({len(values['environments'])}) | {' | '.join(cells)} |")
+        tables.append("\n".join(lines))
         save(draw_aggregate(result), figures, "aggregate")
     if (results / "speed.csv").exists():
         save(draw_runtime(read(results / "speed.csv")), figures, "runtime")
     if (results / "solvers.csv").exists():
         save(draw_solvers(read(results / "solvers.csv")), figures, "solvers")
+    return "\n\n".join(filter(None, tables))
 
 
 # sobirl_tabular.py: colour, line style, label, oracle and published rate
@@ -446,8 +477,9 @@ if __name__ == "__main__":
         export_tabular(Path(args.runs_dir), results)
     if not any((results / name).exists() for name in ("summary.csv", "tabular_summary.csv")):
         sys.exit(f"error: no results in {results}: name a folder with finished runs by --runs-dir")
-    if (results / "summary.csv").exists():
-        draw_benchmark(results, figures)
+    tables = [benchmark(results, figures)] if (results / "summary.csv").exists() else []
     if (results / "tabular_summary.csv").exists():
-        print("\n" + tabular_table(read(results / "tabular_summary.csv")))
+        tables.append(tabular_table(read(results / "tabular_summary.csv")))
         save(draw_tabular(read(results / "tabular.csv"), read(results / "tabular_summary.csv")), figures, "tabular")
+    print("\n\n".join(tables))
+    (results / "tables.md").write_text("\n\n".join(tables) + "\n")

@@ -126,7 +126,7 @@ def test_every_flag_is_read_and_documented(script, capsys):
 
 def test_commands_in_the_readme_are_accepted(monkeypatch):
     monkeypatch.chdir(ROOT)
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ").replace("$env", "Hopper-v4").replace("$seed", "1")
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ").replace("$env", "Hopper-v4").replace("$seed", "1").replace("$method", "exact")
     commands = re.findall(r"python (ppo_\w+|blpo_\w+|sobirl_\w+)\.py([^`\n#\";]*)", text)
     assert len(commands) >= 6
     for name, flags in commands:
@@ -259,7 +259,7 @@ def test_plot_from_runs_to_table_and_figure(tmp_path):
     assert "left out: killed" in first.stdout and "fewer seeds than others: Pendulum-v1 ppo_continuous (1)" in first.stdout
     assert "| Pendulum-v1 | blpo_continuous | 2 |" in first.stdout and "| Pendulum-v1 | ppo_continuous | 1 |" in first.stdout
     again = subprocess.run(command, capture_output=True, text=True, check=True)  # from results/ alone
-    assert again.stdout == first.stdout.split("\n", 1)[1]
+    assert again.stdout == first.stdout.split("\n", 1)[1] == (tmp_path / "results" / "tables.md").read_text()
     names = {"curves", "time", "implicit_cosine", "implicit_norm_ratio", "ihvp_correction"}
     assert {path.name for path in figures.iterdir()} == {f"{name}.{suffix}" for name in names for suffix in ("png", "pdf")}
     assert all(path.stat().st_size > 8_000 for path in figures.iterdir())
@@ -289,6 +289,15 @@ def test_table_says_how_far_blpo_is_ahead():
     # of nine pairs BLPO wins seven: 10 and 12 lose against 13
     assert f"| E | nesting only | 3 | 5.7 ± {spread:.1f} | {lead - half:.1f} to {lead + half:.1f} | 0.78 | 1.0, 3.0, 13.0 | 5.7 |" in text
     assert "| E | control: plain advantage | 1 | 5.0 |  |  | 5.0 | 5.0 |" in text and "| E | PPO, matched | 2 | 7.0 ± 0.0 |" in text
+
+
+def test_overview_has_a_line_per_environment():
+    summary = results_of({"blpo": (10.0, 12.0), "nested": (1.0, 3.0), "ppo-matched": (7.0, 8.0)})
+    summary += [row | {"env_id": "other"} for row in results_of({"nested": (1.0,)})]  # without BLPO: not compared
+    head, _, line = plot.overview(summary).splitlines()
+    assert head == "| environment | PPO, matched | nesting only | BLPO | BLPO minus PPO, matched | P(BLPO > PPO) |"
+    assert re.fullmatch(r"\| E \| 7.5 ± 6.4 \| 2.0 ± 12.7 \| 11.0 ± 12.7 \| -\d.\d to \d+.\d \| 1.00 \|", line), line
+    assert plot.overview(results_of({"nested": (1.0, 2.0)})) == ""
 
 
 def test_aggregates_by_hand():

@@ -524,8 +524,7 @@ def test_plot_from_runs_to_table_and_figure(tmp_path):
     there = next(row for row in rows(next((tmp_path / "runs").glob("synthetic__drlhf*")) / "progress.csv") if row["gradient_norm"] <= 1e-3)
     assert float(row["round_to_0.001"]) == there["round"] and float(row["seconds_to_0.001"]) == there["seconds"]
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"tabular.png", "tabular.pdf"}
-    again = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert again == first.split("\n", 1)[1]
-    before = (tmp_path / "results" / "tabular.csv").read_bytes()
-    subprocess.run([*command, "--runs-dir", tmp_path / "runs"], check=True, capture_output=True)  # adding the same runs changes nothing
-    assert (tmp_path / "results" / "tabular.csv").read_bytes() == before
+    contents = lambda: {path.name: path.read_bytes() for path in (tmp_path / "results").iterdir()}
+    before = contents()  # adding the same runs again changes nothing
+    again = subprocess.run([*command, "--runs-dir", tmp_path / "runs"], capture_output=True, text=True, check=True).stdout
+    assert again == first and contents() == before and before["tables.md"].decode() == first.split("\n", 1)[1]
