@@ -364,6 +364,7 @@ def benchmark(results: Path, figures: Path) -> str:
 TABULAR = {
     "exact": ("#BBBBBB", "-", "exact (9)"),
     "m-sobirl": ("#0072B2", "-", "M-SoBiRL"),
+    "m-sobirl-w": ("#0072B2", (0, (1, 1)), "M-SoBiRL, w solved"),
     "unrolled": ("#000000", (0, (1, 3)), "unrolled"),
     "parl": ("#CC79A7", (0, (4, 4)), "PARL"),
     "pbrl": ("#E69F00", (0, (2, 4)), "PBRL"),
@@ -439,7 +440,7 @@ def tabular_table(summary) -> str:
     return "\n".join(lines)
 
 
-def draw_tabular(points, summary):
+def draw_tabular(points):
     """A row per problem: phi, |grad phi| against rounds and seconds, cosine to the hypergradient; medians over seeds, and quartiles."""
     groups = defaultdict(lambda: defaultdict(list))
     for row in sorted(points, key=tabular_order):
@@ -460,6 +461,8 @@ def draw_tabular(points, summary):
                 axis.fill_between(grid, *np.percentile(values, [25, 75], axis=0), color=axis.lines[-1].get_color(), alpha=0.12, linewidth=0)
             axis.set(xlabel=xlabel, ylabel=ylabel, xscale="log", title=f"{problem} (n = {len(seeds)})")
             axis.set_yscale("log" if y == "gradient_norm" or (problem, y) == ("synthetic", "phi") else "linear")
+            axis.xaxis.set_minor_formatter("")
+            axis.yaxis.set_minor_formatter("")
             axis.grid(alpha=0.25)
     handles = {line.get_label(): line for axis in axes.flat for line in axis.lines}
     fig.tight_layout(rect=(0, 0.7 / (3.1 * len(problems) + 0.7), 1, 1))
@@ -480,6 +483,6 @@ if __name__ == "__main__":
     tables = [benchmark(results, figures)] if (results / "summary.csv").exists() else []
     if (results / "tabular_summary.csv").exists():
         tables.append(tabular_table(read(results / "tabular_summary.csv")))
-        save(draw_tabular(read(results / "tabular.csv"), read(results / "tabular_summary.csv")), figures, "tabular")
+        save(draw_tabular(read(results / "tabular.csv")), figures, "tabular")
     print("\n\n".join(tables))
     (results / "tables.md").write_text("\n\n".join(tables) + "\n")

@@ -215,7 +215,7 @@ def preference(seed: int, S: int = 4, A: int = 3, H: int = 2) -> Problem:
         last = F.one_hot(torch.full((len(s),), s.shape[2] - 1), s.shape[2])
         return loss(x.reshape(S, A), (s[:, 0], a[:, 0]), (s[:, 1], a[:, 1]))[:, None] * last
 
-    return Problem(P, 0.9, 0.2, normal(S * A, generator=g), lambda x: x.reshape(S, A), objective, costs, 0.3, 0.1, 0.1, 2, H)
+    return Problem(P, 0.9, 0.2, normal(S * A, generator=g), lambda x: x.reshape(S, A), objective, costs, 0.3, 0.01, 0.1, 2, H)
 
 
 PROBLEMS = {"synthetic": synthetic, "reward-shaping": reward_shaping, "preference": preference}
