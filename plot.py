@@ -364,7 +364,7 @@ def benchmark(results: Path, figures: Path) -> str:
 TABULAR = {
     "exact": ("#BBBBBB", "-", "exact (9)"),
     "m-sobirl": ("#0072B2", "-", "M-SoBiRL"),
-    "m-sobirl-w": ("#0072B2", (0, (1, 1)), "M-SoBiRL, w solved"),
+    "m-sobirl-w": ("#0072B2", ":", "M-SoBiRL, w solved"),
     "unrolled": ("#000000", (0, (1, 3)), "unrolled"),
     "parl": ("#CC79A7", (0, (4, 4)), "PARL"),
     "pbrl": ("#E69F00", (0, (2, 4)), "PBRL"),

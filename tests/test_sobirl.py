@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -363,6 +364,18 @@ def test_a_reward_of_states_alone_has_no_truncated_term():
 def test_truncation_is_exact_without_discounting():
     problem = tiny(gamma=0.0)
     close(direction("sobirl", problem, problem.start, replace(ARGS, depth="one")), direction("exact", problem, problem.start), 1e-12)
+
+
+def test_how_often_drlhf_opposes_the_hypergradient():
+    """SEEDS=1000 for the README's numbers."""
+    count, opposed = int(os.environ.get("SEEDS", 100)), {"drlhf": 0, "sobirl": 0}
+    for seed in range(count):
+        problem = PROBLEMS["preference"](seed)
+        target = direction("exact", problem, problem.start)
+        for name in opposed:
+            opposed[name] += cosine(direction(name, problem, problem.start, replace(ARGS, depth="one")), target) < 0
+    print(opposed)
+    assert 0.02 * count < opposed["drlhf"] < 0.2 * count and opposed["sobirl"] < 0.02 * count
 
 
 def test_where_drlhf_opposes_the_hypergradient():
