@@ -6,7 +6,7 @@ optimal policy of the entropy-regularised Markov decision process (P, r(x), gamm
 
     min_x phi(x) = f(x, pi*(x)),    Q* = r(x) + gamma P V*,    V* = tau log sum_a exp(Q*/tau),    pi* = exp((Q* - V*)/tau)
 
-V* is the fixed point of phi(x, v)_s = tau log sum_a exp((r_sa(x) + gamma P_sa v)/tau), a contraction, so that implicit
+V* is the fixed point of varphi(x, v)_s = tau log sum_a exp((r_sa(x) + gamma P_sa v)/tau), a contraction, so that implicit
 differentiation needs no convexity below, only first derivatives and one linear system of the size of the state space. With
 m = pi* o grad_pi f and U^T m = sum_a m - gamma P^T m the hypergradient is
 
@@ -251,7 +251,7 @@ def best_response(problem: Problem, r, Q, tol: float):
 
 
 def solve_follower(problem: Problem, r, Q):
-    """Q* to machine precision by soft policy iteration, which is Newton's method on V = phi(x, V): for the measurements."""
+    """Q* to machine precision by soft policy iteration, which is Newton's method on V = varphi(x, V): for the measurements."""
     eye = torch.eye(len(problem.P), dtype=r.dtype)
     for _ in range(100):
         log_pi = torch.log_softmax(Q / problem.tau, 1)
@@ -306,7 +306,7 @@ def m_sobirl(problem, x, Q, memory, args, generator):
     if args.w_solver == "exact":
         w = torch.linalg.solve(A, b)
     memory["w"] = w
-    policy = torch.softmax(sweep(problem, problem.reward(x), Q) / problem.tau, 1)  # lambda of grad_x phi(x, V), V of (10)
+    policy = torch.softmax(sweep(problem, problem.reward(x), Q) / problem.tau, 1)  # lambda of grad_x varphi(x, V), V of (10)
     return by_x + pull_back(problem, x, m - policy * w[:, None]) / problem.tau
 
 
@@ -326,7 +326,7 @@ def drlhf(problem, x, Q, memory, args, generator):
 
 def pbrl(problem, x, Q, memory, args, generator):
     """Shen et al. (2024): min f(x, y) + penalty (V*(x) - V^y(x)) over x and a second policy y. y takes mirror ascent steps on
-    penalty V^y - f, in each towards exp(Q^y - grad_pi f/(penalty d))/tau), d its discounted visits to the states."""
+    penalty V^y - f, each towards exp((Q^y - grad_pi f/(penalty d))/tau), d its discounted visits to the states."""
     r, eye = problem.reward(x), torch.eye(len(Q), dtype=Q.dtype)
     visits = lambda pi: torch.linalg.solve(eye - problem.gamma * transition(problem.P, pi).T, problem.rho)
     pi = torch.softmax(Q / problem.tau, 1)

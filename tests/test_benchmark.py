@@ -69,10 +69,10 @@ def test_end_to_end_with_a_failure(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_killed_or_interrupted_and_started_again_by_two(number, tmp_path):
     """No job lost, none run twice: one folder per job, although two invocations share the second half of the work."""
-    settings = dict(ENVS="Pendulum-v1", SEEDS="1 2", STEPS="12800", FLAGS=f"{TINY} --checkpoint-every 5")
+    settings = dict(ENVS="Pendulum-v1", SEEDS="1 2", METHODS="nested blpo", STEPS="12800", FLAGS=f"{TINY} --checkpoint-every 5")
     first = benchmark(tmp_path, **settings)
     deadline = time.time() + 120
-    while len(finished(tmp_path)) < 2:
+    while len(finished(tmp_path)) < 1:
         assert time.time() < deadline and first.poll() is None
         time.sleep(0.05)
     if number == signal.SIGKILL:  # its jobs live on, and keep their locks
@@ -86,7 +86,7 @@ def test_killed_or_interrupted_and_started_again_by_two(number, tmp_path):
     again = [benchmark(tmp_path, **settings) for _ in range(2)]
     for process in again:
         finish(process)
-    assert finished(tmp_path) == names("Pendulum-v1", "ppo-matched nested blpo") and len(list(tmp_path.glob("runs/*/config.json"))) == 6
+    assert finished(tmp_path) == names("Pendulum-v1", "nested blpo") and len(list(tmp_path.glob("runs/*/config.json"))) == 4
     for path in tmp_path.glob("runs/*/progress.csv"):
         with open(path) as file:
             assert [int(row["global_step"]) for row in csv.DictReader(file)] == [64 * (i + 1) for i in range(200)]

@@ -206,7 +206,7 @@ def test_going_on_from_an_older_checkpoint_and_killed_again(reference, tmp_path,
     folder = interrupted(script, tmp_path, monkeypatch, 11, *SMALL_OF[script])
     older = folder / "checkpoint.previous.pt"
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(run_folder.Run, "log", lambda self, row: self.close() or (_ for _ in ()).throw(Killed))
+        patch.setattr(run_folder.Run, "log", lambda self, row, shown: self.close() or (_ for _ in ()).throw(Killed))
         script.main(["--resume", str(older)])
     assert contents(script.main(["--resume", str(folder)])) == expected
 

@@ -127,7 +127,7 @@ def test_every_flag_is_read_and_documented(script, capsys):
 def test_commands_in_the_readme_are_accepted(monkeypatch):
     monkeypatch.chdir(ROOT)
     text = (ROOT / "README.md").read_text().replace("\\\n", " ").replace("$env", "Hopper-v4").replace("$seed", "1").replace("$method", "exact")
-    commands = re.findall(r"python (ppo_\w+|blpo_\w+|sobirl_\w+)\.py([^`\n#\";]*)", text)
+    commands = re.findall(r"python ((?:ppo|blpo)_(?:continuous|discrete)|sobirl_tabular)\.py([^`\n#\";]*)", text)
     assert len(commands) >= 6
     for name, flags in commands:
         script = {script.__name__: script for script in [*SCRIPTS, *DISCRETE, sobirl_tabular]}[name]
