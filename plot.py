@@ -193,7 +193,7 @@ def aggregate(summary, first) -> dict:
     finals, result = {key: x for key, x in grouped(summary).items() if len(x) > 1}, {}
     for method in sorted({method for _, method in finals}, key=rank):
         common = [env for env, m in finals if m == method and (env, "ppo-matched") in finals and (env, "blpo") in finals]
-        if not common:
+        if len(common) < min(2, len({env for env, m in finals if m == "blpo"})):  # no aggregate of one environment among many
             continue
         unit = {env: finals[env, "ppo-matched"].mean() - first[env] for env in common}
 
