@@ -193,7 +193,8 @@ def aggregate(summary, first) -> dict:
     finals, result = {key: x for key, x in grouped(summary).items() if len(x) > 1}, {}
     for method in sorted({method for _, method in finals}, key=rank):
         common = [env for env, m in finals if m == method and (env, "ppo-matched") in finals and (env, "blpo") in finals]
-        if len(common) < min(2, len({env for env, m in finals if m == "blpo"})):  # no aggregate of one environment among many
+        several = len({env for env, m in finals if m == "blpo"}) > 1
+        if len(common) < 1 + several:  # one environment among several is no aggregate
             continue
         unit = {env: finals[env, "ppo-matched"].mean() - first[env] for env in common}
 

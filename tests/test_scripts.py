@@ -308,6 +308,9 @@ def test_aggregates_by_hand():
     assert value == pytest.approx(2.5) and 1 <= low < 2.5 < high <= 99 and "chance" not in result["blpo"]
     assert result["nested"]["iqm"] == pytest.approx((0, 0, 0)) and result["nested"]["chance"] == pytest.approx((1, 1, 1))
     assert result["ppo-matched"]["chance"][0] == pytest.approx((0.5 + 3) / 4)
+    assert plot.aggregate(results_of({"nested": (10.0, 10.0)}), {"E": 10.0}) == {}
+    other = [row | {"env_id": "F"} for row in results_of({"blpo": (20.0, 30.0), "ppo-matched": (20.0, 20.0)})]
+    assert list(plot.aggregate(summary + other, {"E": 10.0, "F": 10.0})) == ["blpo", "ppo-matched"]  # nested: in one of two environments
 
 
 def test_speed_side_by_side(tmp_path):
