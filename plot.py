@@ -82,6 +82,18 @@ def write(path, rows):
         writer.writerows(rows)
 
 
+def finished(runs_dir: Path, tabular: bool, proof: str):
+    """Folder, config and progress of the runs, of sobirl_tabular.py or of the others, that have the file `proof`; the rest is named."""
+    for folder in sorted(path.parent for path in runs_dir.glob("*/config.json")):
+        config = json.loads((folder / "config.json").read_text())
+        if (config.get("script") == "sobirl_tabular.py") != tabular:
+            continue
+        if (folder / proof).exists():
+            yield folder, config, read(folder / "progress.csv")
+        else:
+            print(f"no {Path(proof).stem}, left out: {folder.name}")
+
+
 def export(runs_dir: Path, results_dir: Path):
     """Thins every finished run (one with an evaluation) to about 200 points; unfinished ones are named."""
     if not runs_dir.is_dir():
@@ -90,14 +102,7 @@ def export(runs_dir: Path, results_dir: Path):
     summary_path = results_dir / "summary.csv"
     summary = {(row["env_id"], row["exp_name"], row["seed"]): row for row in read(summary_path)} if summary_path.exists() else {}
     files = {}  # written when all runs are known to fit together
-    for folder in sorted(path.parent for path in runs_dir.glob("*/config.json")):
-        config = json.loads((folder / "config.json").read_text())
-        if config.get("script") == "sobirl_tabular.py":
-            continue
-        if not (folder / "evaluation.csv").exists():
-            print(f"no evaluation, left out: {folder.name}")
-            continue
-        progress = read(folder / "progress.csv")
+    for folder, config, progress in finished(runs_dir, False, "evaluation.csv"):
         flags, returns = config["flags"], [float(row["return"]) for row in read(folder / "evaluation.csv")]
         name = *(re.sub(r"[^\w.-]+", "-", flags[key], flags=re.ASCII) for key in ("env_id", "exp_name")), str(flags["seed"])
         last = progress[-1]
@@ -393,17 +398,11 @@ def tabular_order(row):
 def export_tabular(runs_dir: Path, results_dir: Path):
     """Adds every finished run of sobirl_tabular.py (one with a solution): 40 points of it, and a line of what it reached."""
     paths = [results_dir / "tabular_summary.csv", results_dir / "tabular.csv"]
-    summary, points = ({}, defaultdict(list)) if not paths[0].exists() else ({key(row): row for row in read(paths[0])}, defaultdict(list))
+    summary, points = {key(row): row for row in read(paths[0])} if paths[0].exists() else {}, defaultdict(list)
     for row in read(paths[1]) if summary else []:
         points[key(row)].append(row)
-    for folder in sorted(path.parent for path in runs_dir.glob("*/config.json")):
-        config = json.loads((folder / "config.json").read_text())
-        if config.get("script") != "sobirl_tabular.py":
-            continue
-        if not (folder / "solution.pt").exists():
-            print(f"no solution, left out: {folder.name}")
-            continue
-        flags, progress = config["flags"], [{k: float(v) for k, v in row.items()} for row in read(folder / "progress.csv")]
+    for _, config, progress in finished(runs_dir, True, "solution.pt"):
+        flags, progress = config["flags"], [{k: float(v) for k, v in row.items()} for row in progress]
         name = {"problem": flags["problem"], "exp_name": re.sub(r"[^\w.-]+", "-", flags["exp_name"], flags=re.ASCII), "seed": str(flags["seed"])}
         last, there = progress[-1], next((row for row in progress if row["gradient_norm"] <= TOLERANCE), {})
         row = name | {"rounds": int(last["round"]), "seconds": last["seconds"], "phi": last["phi"], "gradient_norm": last["gradient_norm"]}

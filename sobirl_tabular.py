@@ -250,14 +250,16 @@ def best_response(problem: Problem, r, Q, tol: float):
     return Q, count
 
 
+def soft_policy_value(problem: Problem, r, log_pi):
+    """V of a policy, entropy included, (S, A) -> (S,)."""
+    system = torch.eye(len(problem.P), dtype=r.dtype) - problem.gamma * transition(problem.P, log_pi.exp())
+    return torch.linalg.solve(system, (log_pi.exp() * (r - problem.tau * log_pi)).sum(1))
+
+
 def solve_follower(problem: Problem, r, Q):
     """Q* to machine precision by soft policy iteration, which is Newton's method on V = varphi(x, V): for the measurements."""
-    eye = torch.eye(len(problem.P), dtype=r.dtype)
     for _ in range(100):
-        log_pi = torch.log_softmax(Q / problem.tau, 1)
-        pi = log_pi.exp()
-        V = torch.linalg.solve(eye - problem.gamma * transition(problem.P, pi), (pi * (r - problem.tau * log_pi)).sum(1))
-        last, Q = Q, r + problem.gamma * problem.P @ V
+        last, Q = Q, r + problem.gamma * problem.P @ soft_policy_value(problem, r, torch.log_softmax(Q / problem.tau, 1))
         if (Q - last).abs().max() <= 1e-13 * (1 + Q.abs().max()):
             break
     return sweep(problem, r, Q)
@@ -285,12 +287,16 @@ def adjoint_system(problem: Problem, pi, m):
     return A, m.sum(1) - problem.gamma * torch.einsum("sap,sa->p", problem.P, m)
 
 
+def assemble(problem: Problem, x, by_x, m, policy, w):
+    """The three terms of (9); most methods differ in w alone."""
+    return by_x + pull_back(problem, x, m - policy * w[:, None]) / problem.tau
+
+
 def exact(problem, x, Q, memory, args, generator):
     """(9), with the linear system solved."""
     pi = torch.softmax(Q / problem.tau, 1)
     by_x, m = gradients(problem, x, pi)
-    w = torch.linalg.solve(*adjoint_system(problem, pi, m))
-    return by_x + pull_back(problem, x, m - pi * w[:, None]) / problem.tau
+    return assemble(problem, x, by_x, m, pi, torch.linalg.solve(*adjoint_system(problem, pi, m)))
 
 
 def m_sobirl(problem, x, Q, memory, args, generator):
@@ -307,7 +313,7 @@ def m_sobirl(problem, x, Q, memory, args, generator):
         w = torch.linalg.solve(A, b)
     memory["w"] = w
     policy = torch.softmax(sweep(problem, problem.reward(x), Q) / problem.tau, 1)  # lambda of grad_x varphi(x, V), V of (10)
-    return by_x + pull_back(problem, x, m - policy * w[:, None]) / problem.tau
+    return assemble(problem, x, by_x, m, policy, w)
 
 
 def unrolled(problem, x, Q, memory, args, generator):
@@ -335,9 +341,8 @@ def pbrl(problem, x, Q, memory, args, generator):
     for _ in range(args.sweeps):
         log_y = torch.log_softmax(logits, 1)
         y = log_y.exp()
-        value = torch.linalg.solve(eye - problem.gamma * transition(problem.P, y), (y * (r - problem.tau * log_y)).sum(1))
         by_y = gradients(problem, x, y)[1] / y.clamp_min(1e-300)
-        target = r + problem.gamma * problem.P @ value - by_y / (args.penalty * visits(y)[:, None])
+        target = r + problem.gamma * problem.P @ soft_policy_value(problem, r, log_y) - by_y / (args.penalty * visits(y)[:, None])
         logits = (1 - step) * log_y + step * target / problem.tau
     y = torch.softmax(logits, 1)
     memory["logits"] = logits
@@ -348,12 +353,7 @@ def pbrl(problem, x, Q, memory, args, generator):
 def parl(problem, x, Q, memory, args, generator):
     """Chakraborty et al. (2024): implicit differentiation of grad_theta V = 0 for a softmax policy theta. Its Hessian is
     singular, since theta_s + constant is the same policy: pseudo-inverse."""
-
-    def value(theta, x):
-        log_pi = torch.log_softmax(theta, 1)
-        system = torch.eye(len(theta), dtype=theta.dtype) - problem.gamma * transition(problem.P, log_pi.exp())
-        return torch.linalg.solve(system, (log_pi.exp() * (problem.reward(x) - problem.tau * log_pi)).sum(1)).mean()
-
+    value = lambda theta, x: soft_policy_value(problem, problem.reward(x), torch.log_softmax(theta, 1)).mean()
     x, theta = x.detach().requires_grad_(), (Q / problem.tau).detach().requires_grad_()
     f = problem.objective(x, torch.softmax(theta, 1))
     by_x, by_theta = torch.autograd.grad(f, (x, theta))
@@ -429,7 +429,7 @@ def sobirl(problem, x, Q, memory, args, generator):
     if args.depth == "full":
         return exact(problem, x, Q, memory, args, generator)
     by_x, m = gradients(problem, x, pi)  # (78): what gamma multiplies is dropped
-    return by_x + pull_back(problem, x, m - pi * m.sum(1, keepdim=True)) / problem.tau
+    return assemble(problem, x, by_x, m, pi, m.sum(1))
 
 
 def momentum_step(previous, new, before, eta: float):
@@ -463,8 +463,7 @@ def hpgd(problem, x, Q, memory, args, generator):
     if not args.samples:
         by_x, m = gradients(problem, x, pi)
         m = m - pi * m.sum(1, keepdim=True)  # visits times A_U
-        w = torch.linalg.solve(*adjoint_system(problem, pi, m))
-        return by_x + pull_back(problem, x, m - pi * w[:, None]) / problem.tau
+        return assemble(problem, x, by_x, m, pi, torch.linalg.solve(*adjoint_system(problem, pi, m)))
     (S, A), sample, x = pi.shape, draw(problem, pi, args, generator), x.detach().requires_grad_()
     costs = problem.costs(x, sample.s, sample.a, sample.alive)  # (M, H)
     to_go = costs.detach().flip(1).cumsum(1).flip(1)[:, None].expand(sample.s.shape)[sample.alive]
