@@ -250,7 +250,8 @@ def draw_curves(curves, x, y, xlabel, ylabel, scale):
         axis.set(title=env_id, xlabel=xlabel, xlim=(0, None))
         axis.grid(alpha=0.25)
         axis.legend(fontsize=7, frameon=False)
-    axes[0].set_ylabel(ylabel)
+    for axis in fig.axes[:: fig.axes[0].get_gridspec().ncols]:
+        axis.set_ylabel(ylabel)
     fig.tight_layout()
     return fig
 
@@ -259,7 +260,7 @@ def draw_aggregate(result):
     fig, axes = plt.subplots(1, 2, figsize=(9, 0.5 * len(result) + 1.4), sharey=True)
     for row, (method, values) in enumerate(reversed(result.items())):
         for axis, (value, low, high) in zip(axes, (values[name] for name in ("iqm", "chance") if name in values)):
-            axis.plot([low, high], [row, row], color=style(method)[0], linewidth=6, alpha=0.35)
+            axis.plot([low, high], [row, row], color=style(method)[0], linewidth=6, alpha=0.35, solid_capstyle="butt")
             axis.plot(value, row, "o", color=style(method)[0])
     axes[0].set(yticks=range(len(result)), ylim=(-0.6, len(result) - 0.4), xlabel="IQM of normalised returns (PPO, matched = 1)")
     axes[0].set_yticklabels([f"{style(m)[2]} ({len(v['environments'])} env.)" for m, v in reversed(result.items())])

@@ -134,6 +134,17 @@ def test_commands_in_the_readme_are_accepted(monkeypatch):
         script.check_args(script.parse_args(script.Args, "", shlex.split(flags)))
 
 
+def test_returns_in_the_readme_are_those_of_the_published_runs():
+    summary, tables = plot.read(ROOT / "results" / "summary.csv"), (ROOT / "results" / "tables.md").read_text()
+    assert plot.overview(summary) in tables and plot.table(summary) in tables
+    section = (ROOT / "README.md").read_text().split("## Results")[1].split("How strong")[0]
+    shown = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(shown) > 10 and not set(shown) - set(tables.splitlines())
+    for row in summary:
+        (run,) = (ROOT / "results").glob(f"{row['env_id']}__{row['exp_name']}__{row['seed']}.csv")
+        assert float(plot.read(run)[-1]["return_100"]) == pytest.approx(float(row["return_100"]), rel=1e-3)
+
+
 # The run folder
 
 
