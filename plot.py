@@ -21,6 +21,7 @@ import sys
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -29,12 +30,12 @@ import numpy as np
 import scipy.stats
 import tyro
 
-# exp_name: colour, line style, label; other names come after these. Okabe-Ito colours, told apart in grey by their line style.
+# exp_name: colour, line style, label; other names come after these. Okabe-Ito colours (grey for its yellow), told apart in grey by their line style.
 STYLES = {
     "blpo": ("#0072B2", "-", "BLPO"),
     "blpo-released": ("#56B4E9", "--", "BLPO, released term"),
     "blpo-cg": ("#CC79A7", (0, (3, 1, 1, 1)), "BLPO with CG"),
-    "blpo-pcg": ("#F0E442", (0, (3, 1, 1, 1, 1, 1)), "BLPO with preconditioned CG"),
+    "blpo-pcg": ("#888888", (0, (3, 1, 1, 1, 1, 1)), "BLPO with preconditioned CG"),
     "control": ("#E69F00", "-.", "control: plain advantage"),
     "nested": ("#009E73", ":", "nesting only"),
     "ppo-matched": ("#000000", (0, (5, 1)), "PPO, matched"),
@@ -193,8 +194,8 @@ def bootstrap(finals, statistic, resamples=2000):
 
 
 def aggregate(summary, first) -> dict:
-    """Per method with at least two seeds: IQM of normalised returns and P(BLPO > method), mean over environments, each
-    (value, low, high), and over which environments. `first` is an environment's return at the first point."""
+    """Per method with at least two seeds: IQM of normalised returns, BLPO's on the same environments, and P(BLPO > method), mean
+    over environments, each (value, low, high), and over which environments. `first` is an environment's return at the first point."""
     finals, result = {key: x for key, x in grouped(summary).items() if len(x) > 1}, {}
     for method in sorted({method for _, method in finals}, key=rank):
         common = [env for env, m in finals if m == method and (env, "ppo-matched") in finals and (env, "blpo") in finals]
@@ -203,8 +204,8 @@ def aggregate(summary, first) -> dict:
             continue
         unit = {env: finals[env, "ppo-matched"].mean() - first[env] for env in common}
 
-        def iqm(draw):
-            return scipy.stats.trim_mean(np.concatenate([(draw[env, method] - first[env]) / unit[env] for env in common]), 0.25)
+        def iqm(draw, who=method):
+            return scipy.stats.trim_mean(np.concatenate([(draw[env, who] - first[env]) / unit[env] for env in common]), 0.25)
 
         def chance(draw):
             return np.mean([beats(draw[env, "blpo"], draw[env, method]) for env in common])
@@ -212,7 +213,8 @@ def aggregate(summary, first) -> dict:
         used = {key: x for key, x in finals.items() if key[0] in common and key[1] in (method, "blpo")}
         result[method] = {"environments": common, "iqm": (iqm(used), *bootstrap(used, iqm))}
         if method != "blpo":
-            result[method]["chance"] = (chance(used), *bootstrap(used, chance))
+            blpo = partial(iqm, who="blpo")
+            result[method] |= {"blpo": (blpo(used), *bootstrap(used, blpo)), "chance": (chance(used), *bootstrap(used, chance))}
     return result
 
 
@@ -224,7 +226,7 @@ def save(fig, figures_dir: Path, name: str):
 
 
 def panels(count: int):
-    columns = 3 if count > 4 else min(count, 2)
+    columns = 2 if count == 4 else min(count, 3)
     fig, axes = plt.subplots(-(-count // columns), columns, figsize=(4.4 * columns, 3.4 * -(-count // columns)), squeeze=False)
     for axis in axes.flat[count:]:
         axis.set_visible(False)
@@ -249,7 +251,7 @@ def draw_curves(curves, x, y, xlabel, ylabel, scale):
                 axis.fill_between(grid / scale, band.low, band.high, color=mean.get_color(), alpha=0.15, linewidth=0)
         axis.set(title=env_id, xlabel=xlabel, xlim=(0, None))
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=7, frameon=False)
+        axis.legend(fontsize=7, frameon=False, handlelength=3)
     for axis in fig.axes[:: fig.axes[0].get_gridspec().ncols]:
         axis.set_ylabel(ylabel)
     fig.tight_layout()
@@ -259,10 +261,14 @@ def draw_curves(curves, x, y, xlabel, ylabel, scale):
 def draw_aggregate(result):
     fig, axes = plt.subplots(1, 2, figsize=(9, 0.5 * len(result) + 1.4), sharey=True)
     for row, (method, values) in enumerate(reversed(result.items())):
-        for axis, (value, low, high) in zip(axes, (values[name] for name in ("iqm", "chance") if name in values)):
-            axis.plot([low, high], [row, row], color=style(method)[0], linewidth=6, alpha=0.35, solid_capstyle="butt")
-            axis.plot(value, row, "o", color=style(method)[0])
-    axes[0].set(yticks=range(len(result)), ylim=(-0.6, len(result) - 0.4), xlabel="IQM of normalised returns (PPO, matched = 1)")
+        shown = [(axes[0], "iqm", row, style(method)[0]), (axes[1], "chance", row, style(method)[0])]
+        shown.append((axes[0], "blpo", row - 0.28, style("blpo")[0]))  # thinner, below: what to compare with
+        for axis, (value, low, high), y, colour in ((axis, values[name], y, colour) for axis, name, y, colour in shown if name in values):
+            thick = 6 if y == row else 2
+            axis.plot([low, high], [y, y], color=colour, linewidth=thick, alpha=0.35, solid_capstyle="butt")
+            axis.plot(value, y, "o", color=colour, markersize=thick)
+    axes[0].set(yticks=range(len(result)), ylim=(-0.6, len(result) - 0.4))
+    axes[0].set_xlabel("IQM of normalised returns (PPO, matched = 1)\nthin: BLPO on the same environments")
     axes[0].set_yticklabels([f"{style(m)[2]} ({len(v['environments'])} env.)" for m, v in reversed(result.items())])
     axes[1].set(xlabel="P(BLPO > this), pairs of runs", xlim=(0, 1))
     axes[1].axvline(0.5, color="grey", linewidth=0.8)
@@ -353,9 +359,10 @@ def benchmark(results: Path, figures: Path) -> str:
         if bilevel:
             save(draw_curves(bilevel, "global_step", name, "environment steps (millions)", what, 1e6), figures, name)
     if result := aggregate(summary, first):
-        lines = ["| over the environments that have all of BLPO, PPO matched and the method | IQM of normalised returns | P(BLPO > this) |", "|---|---|---|"]
+        lines = ["| over the environments that have all of BLPO, PPO matched and the method | IQM of normalised returns | BLPO's there | P(BLPO > this) |"]
+        lines.append("|---|---|---|---|")
         for method, values in result.items():
-            cells = ["{:.2f} ({:.2f} to {:.2f})".format(*values[name]) if name in values else "" for name in ("iqm", "chance")]
+            cells = ["{:.2f} ({:.2f} to {:.2f})".format(*values[name]) if name in values else "" for name in ("iqm", "blpo", "chance")]
             lines.append(f"| {style(method)[2]} ({len(values['environments'])}) | {' | '.join(cells)} |")
         tables.append("\n".join(lines))
         save(draw_aggregate(result), figures, "aggregate")

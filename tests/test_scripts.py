@@ -317,6 +317,7 @@ def test_aggregates_by_hand():
     assert list(result) == ["blpo", "nested", "ppo-matched"]
     value, low, high = result["blpo"]["iqm"]  # (x - 10) / 10 = 1, 2, 3, 99, of which the middle half is 2 and 3
     assert value == pytest.approx(2.5) and 1 <= low < 2.5 < high <= 99 and "chance" not in result["blpo"]
+    assert result["nested"]["blpo"] == result["blpo"]["iqm"] and "blpo" not in result["blpo"]
     assert result["nested"]["iqm"] == pytest.approx((0, 0, 0)) and result["nested"]["chance"] == pytest.approx((1, 1, 1))
     assert result["ppo-matched"]["chance"][0] == pytest.approx((0.5 + 3) / 4)
     assert plot.aggregate(results_of({"nested": (10.0, 10.0)}), {"E": 10.0}) == {}
