@@ -261,12 +261,11 @@ def draw_curves(curves, x, y, xlabel, ylabel, scale):
 def draw_aggregate(result):
     fig, axes = plt.subplots(1, 2, figsize=(9, 0.5 * len(result) + 1.4), sharey=True)
     for row, (method, values) in enumerate(reversed(result.items())):
-        shown = [(axes[0], "iqm", row, style(method)[0]), (axes[1], "chance", row, style(method)[0])]
-        shown.append((axes[0], "blpo", row - 0.28, style("blpo")[0]))  # thinner, below: what to compare with
-        for axis, (value, low, high), y, colour in ((axis, values[name], y, colour) for axis, name, y, colour in shown if name in values):
-            thick = 6 if y == row else 2
-            axis.plot([low, high], [y, y], color=colour, linewidth=thick, alpha=0.35, solid_capstyle="butt")
-            axis.plot(value, y, "o", color=colour, markersize=thick)
+        for name, axis, y, width, by in (("iqm", 0, row, 6, method), ("blpo", 0, row - 0.28, 2, "blpo"), ("chance", 1, row, 6, method)):
+            if name in values:
+                (value, *interval), colour = values[name], style(by)[0]
+                axes[axis].plot(interval, [y, y], color=colour, linewidth=width, alpha=0.35, solid_capstyle="butt")
+                axes[axis].plot(value, y, "o", color=colour, markersize=width)
     axes[0].set(yticks=range(len(result)), ylim=(-0.6, len(result) - 0.4))
     axes[0].set_xlabel("IQM of normalised returns (PPO, matched = 1)\nthin: BLPO on the same environments")
     axes[0].set_yticklabels([f"{style(m)[2]} ({len(v['environments'])} env.)" for m, v in reversed(result.items())])
