@@ -21,7 +21,7 @@ import sys
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from pathlib import Path
 
 import matplotlib
@@ -197,24 +197,30 @@ def aggregate(summary, first) -> dict:
     """Per method with at least two seeds: IQM of normalised returns, BLPO's on the same environments, and P(BLPO > method), mean
     over environments, each (value, low, high), and over which environments. `first` is an environment's return at the first point."""
     finals, result = {key: x for key, x in grouped(summary).items() if len(x) > 1}, {}
+
+    @cache  # BLPO's is asked for again with every method on the same environments
+    def iqm(method, environments):
+        used = {(env, method): finals[env, method] for env in environments}
+        unit = {env: finals[env, "ppo-matched"].mean() - first[env] for env in environments}
+
+        def statistic(draw):
+            return scipy.stats.trim_mean(np.concatenate([(x - first[env]) / unit[env] for (env, _), x in draw.items()]), 0.25)
+
+        return statistic(used), *bootstrap(used, statistic)
+
     for method in sorted({method for _, method in finals}, key=rank):
-        common = [env for env, m in finals if m == method and (env, "ppo-matched") in finals and (env, "blpo") in finals]
+        common = tuple(env for env, m in finals if m == method and (env, "ppo-matched") in finals and (env, "blpo") in finals)
         several = len({env for env, m in finals if m == "blpo"}) > 1
         if len(common) < 1 + several:  # one environment among several is no aggregate
             continue
-        unit = {env: finals[env, "ppo-matched"].mean() - first[env] for env in common}
-
-        def iqm(draw, who=method):
-            return scipy.stats.trim_mean(np.concatenate([(draw[env, who] - first[env]) / unit[env] for env in common]), 0.25)
 
         def chance(draw):
             return np.mean([beats(draw[env, "blpo"], draw[env, method]) for env in common])
 
-        used = {key: x for key, x in finals.items() if key[0] in common and key[1] in (method, "blpo")}
-        result[method] = {"environments": common, "iqm": (iqm(used), *bootstrap(used, iqm))}
+        result[method] = {"environments": common, "iqm": iqm(method, common)}
         if method != "blpo":
-            blpo = partial(iqm, who="blpo")
-            result[method] |= {"blpo": (blpo(used), *bootstrap(used, blpo)), "chance": (chance(used), *bootstrap(used, chance))}
+            used = {key: x for key, x in finals.items() if key[0] in common and key[1] in (method, "blpo")}
+            result[method] |= {"blpo": iqm("blpo", common), "chance": (chance(used), *bootstrap(used, chance))}
     return result
 
 
