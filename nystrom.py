@@ -1,12 +1,10 @@
 """Inverse-Hessian-vector products (IHVP): x = (H + rho I)^{-1} v for the Hessian H of any PyTorch loss.
 
-Everything works on flat vectors; how parameters are raveled is the caller's business. Five lines suffice:
+Everything works on flat vectors, in the order in which torch.nn.utils.parameters_to_vector ravels parameters:
 
-    w = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
-    loss = lambda w: ((targets - model_on_flat_parameters(w, inputs)) ** 2).mean()
-    grad_fn = lambda w: torch.autograd.grad(loss(w), w, create_graph=True)[0]
-    v = torch.randn_like(w)
-    x, info = nystrom_ihvp(hessian_products(grad_fn, w), v, rank=3, rho=50.0)
+    loss = ((targets - model(inputs)) ** 2).mean()
+    v = torch.randn(sum(p.numel() for p in model.parameters()))
+    x, info = nystrom_ihvp(loss_hessian_products(loss, model.parameters()), v, rank=3, rho=50.0)
 
 The solvers know H only through a map u -> H u, so that a Gauss-Newton or Fisher matrix can stand in for it.
 
@@ -15,17 +13,19 @@ H_q = Y (Omega^T Y)^+ Y^T. What Omega is makes the method:
 
     "columns"     random coordinate vectors: the BLPO poster's formula, with C = H[:, Q] and M = H[Q, Q],
                   (H_q + rho I)^{-1} v = v / rho - C (M + C^T C / rho)^{-1} C^T v / rho^2
-    "gaussian"    standard normal: randomized Nystrom approximation, Frangella, Tropp & Udell (arXiv:2110.02820)
-    "v-gaussian"  v first, then standard normal: H_q is exact on v, the one vector that the inverse is applied to
-    "krylov"      an orthonormal basis of v, Hv, H^2 v, ...: exact on all of them, so that the error falls geometrically;
-                  its products come one after the other, those of the others in one batch
+    "gaussian"    standard normal: Frangella, Tropp & Udell, randomized Nystrom approximation
+    (arXiv:2110.02820) "v-gaussian"  v first, then standard normal: H_q is exact on v, the one vector that the
+    inverse is applied to
+    "krylov"      an orthonormal basis of v, Hv, H^2 v, ...: exact on all of them, so that the error falls
+                  geometrically; its products come one after the other, those of the others in one batch
 
-The raw formula is unsafe: the Hessian of a non-linear least-squares loss is indefinite, and M + C^T C / rho can be singular.
-Here the directions in which the symmetrised M = Omega^T Y is not safely positive are dropped, in float64, so that H_q is
-positive semidefinite and ||x|| <= ||v|| / rho always holds.
+The raw formula is unsafe: the Hessian of a non-linear least-squares loss is indefinite, and M + C^T C / rho
+can be singular. Here the directions in which the symmetrised M = Omega^T Y is not safely positive are
+dropped, in float64, so that H_q is positive semidefinite and ||x|| <= ||v|| / rho always holds.
 """
 
 import math
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -33,8 +33,115 @@ import torch
 SKETCHES = ("krylov", "v-gaussian", "gaussian", "columns")
 
 
+class NotFinite(ValueError):
+    """v, or the products with H, are not finite: there is no x."""
+
+
+# The matrix H, known by its products
+
+
+def hessian_products(grad_fn, w):
+    """The map u -> H(w) u for u of shape (p,), or (p, q) in one batch, by double backward.
+
+    grad_fn maps a flat w (p,) that requires grad to the flat gradient (p,), differentiably
+    (`create_graph=True`).
+    """
+    w = w.detach().requires_grad_()
+    return _derivative_products(grad_fn(w), [w])
+
+
+def loss_hessian_products(loss, parameters):
+    """The map u -> H u, as hessian_products, for the Hessian of a scalar loss by a module's parameters, p in
+    all."""
+    parameters = list(parameters)
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+    return _derivative_products(torch.cat([g.flatten() for g in gradients]), parameters)
+
+
+def _derivative_products(gradient, parameters):
+    """u -> H u: H is symmetric, so that vector-Jacobian products of the gradient (p,) are Hessian-vector
+    products."""
+
+    def product(u):
+        if len(u) != len(gradient) or u.ndim > 2:
+            p = len(gradient)
+            raise ValueError(f"u must have shape ({p},) or ({p}, q), got {tuple(u.shape)}")
+        if u.ndim == 1:
+            parts = torch.autograd.grad(gradient, parameters, u, retain_graph=True)
+            return torch.cat([part.flatten() for part in parts])
+        parts = torch.autograd.grad(gradient, parameters, u.T, retain_graph=True, is_grads_batched=True)
+        return torch.cat([part.flatten(1) for part in parts], 1).T
+
+    return product
+
+
+class Jacobian:
+    """J (n, p): derivatives of the n outputs of a net by its parameters. The net is a torch.nn.Sequential of
+    Linear layers and activations with one output unit; inputs (n, ...); its outputs are `values` (n,).
+
+    For a layer y = W a + b the derivatives are dV_n/dW = g_n a_n^T and dV_n/db = g_n with g_n = dV_n/dy_n,
+    which one backward pass gives for all n. Products with J and its transpose then are a few matrix products
+    without autograd. The backward pass is made when the first of them asks for it, so that whoever needs only
+    the values pays for no more.
+    """
+
+    def __init__(self, net, inputs):
+        self.inputs_of_layers = []  # a (n, in) of each linear layer
+        self.outputs_of_layers = []  # y (n, out)
+        y = inputs
+        for layer in net:
+            a = y.detach()
+            y = layer(y)
+            if isinstance(layer, torch.nn.Linear):
+                self.inputs_of_layers.append(a)
+                self.outputs_of_layers.append(y)
+        self.output = y
+        self.values = y.detach().squeeze(-1)
+
+    @cached_property
+    def layers(self):
+        """a (n, in) and g (n, out) of each linear layer."""
+        derivatives = torch.autograd.grad(self.output.sum(), self.outputs_of_layers)
+        return list(zip(self.inputs_of_layers, derivatives))
+
+    @cached_property
+    def sizes(self):
+        """Of weight and bias of each linear layer, in the order of the parameters."""
+        return [size for a, g in self.layers for size in (g.shape[1] * a.shape[1], g.shape[1])]
+
+    def __matmul__(self, u):
+        """J u: (p,) -> (n,)"""
+        parts = iter(u.split(self.sizes))
+        total = 0
+        for a, g in self.layers:
+            W = next(parts).view(-1, a.shape[1])
+            b = next(parts)
+            total = total + (torch.addmm(b, a, W.T) * g).sum(1)
+        return total
+
+    def transposed(self, s):
+        """J^T s: (n,) -> (p,)"""
+        weighted = [(a, s[:, None] * g) for a, g in self.layers]
+        return torch.cat([part.flatten() for a, g in weighted for part in (g.T @ a, g.sum(0))])
+
+
+def gauss_newton_products(J, weights):
+    """The map u -> J^T diag(weights) J u for u of shape (p,) or (p, q); J has n rows, weights are (n,)."""
+
+    def product(u):
+        if u.ndim == 2:
+            return torch.stack([product(column) for column in u.T], 1)
+        return J.transposed(weights * (J @ u))
+
+    return product
+
+
+# Sketches
+
+
 def sketch_matrix(kind, v, rank, generator=None):
-    """Omega (p, rank) of every sketch but "krylov", which needs H: see krylov_sketch. Columns have about unit length."""
+    """Omega (p, rank) of every sketch but "krylov", which needs H (krylov_sketch). Columns have about unit
+    length."""
     like = dict(dtype=v.dtype, device=v.device)
     if kind == "columns":
         omega = torch.zeros(len(v), rank, **like)
@@ -46,33 +153,17 @@ def sketch_matrix(kind, v, rank, generator=None):
     return omega
 
 
-def hessian_products(grad_fn, w):
-    """The map u -> H(w) u for u of shape (p,), or (p, q) in one batch, by double backward.
-
-    grad_fn maps a flat w (p,) that requires grad to the flat gradient (p,), differentiably (`create_graph=True`).
-    """
-    w = w.detach().requires_grad_()
-    gradient = grad_fn(w)
-
-    def product(u):
-        if len(u) != len(w) or u.ndim > 2:
-            raise ValueError(f"u must have shape ({len(w)},) or ({len(w)}, q), got {tuple(u.shape)}")
-        # H is symmetric, so the vector-Jacobian products of the gradient are Hessian-vector products.
-        if u.ndim == 1:
-            return torch.autograd.grad(gradient, w, u, retain_graph=True)[0]
-        return torch.autograd.grad(gradient, w, u.T, retain_graph=True, is_grads_batched=True)[0].T
-
-    return product
-
-
 def krylov_sketch(product, v, rank):
-    """Omega, an orthonormal basis of span{v, Hv, ..., H^(rank-1) v}, and Y = H Omega, both (p, rank) or narrower."""
-    omega, Y = v.new_zeros(rank, len(v)), v.new_zeros(rank, len(v))  # rows, contiguous, until they are returned
+    """Omega, an orthonormal basis of span{v, Hv, ..., H^(rank-1) v}, and Y = H Omega, both (p, rank) or
+    narrower."""
+    omega = v.new_zeros(rank, len(v))  # rows, contiguous, until they are returned
+    Y = v.new_zeros(rank, len(v))
     for j in range(rank):
         if j == 0:
             direction = _unit(v)
         else:
-            direction, basis = Y[j - 1], omega[:j]
+            direction = Y[j - 1]
+            basis = omega[:j]
             for _ in range(2):  # Gram-Schmidt, twice is enough
                 direction = direction - (basis @ direction) @ basis
             norm = float(direction.norm())
@@ -99,16 +190,20 @@ def make_sketch(kind, product, v, rank, generator=None):
     return omega, product(omega) if rank else omega
 
 
+# Solvers
+
+
 def nystrom_solve(Y, omega, v, rho):
     """x = (H_q + rho I)^{-1} v from a sketch Y = H Omega: pure linear algebra, no autograd, no randomness.
 
-    Shapes: Y and omega (p, q), v (p,). Eigen-directions of Omega^T Y with an eigenvalue below its rounding error, in Y's own
-    precision, are dropped. Returns x in v's dtype and info: "correction" = ||x - v / rho|| / ||v / rho|| and "rank", the
-    directions kept.
+    Shapes: Y and omega (p, q), v (p,). Eigen-directions of Omega^T Y with an eigenvalue below its rounding
+    error, in Y's own precision, are dropped. Returns x in v's dtype and info: "correction" = ||x - v / rho||
+    / ||v / rho|| and "rank", the directions kept. Raises NotFinite where v or Y is not finite.
     """
     scale = _check(v, rho)
     if Y.shape != omega.shape or Y.ndim != 2 or len(Y) != len(v):
-        raise ValueError(f"Y and omega must both have shape ({len(v)}, q), got {tuple(Y.shape)} and {tuple(omega.shape)}")
+        shapes = f"{tuple(Y.shape)} and {tuple(omega.shape)}"
+        raise ValueError(f"Y and omega must both have shape ({len(v)}, q), got {shapes}")
     q = Y.shape[1]
     if scale == 0 or q == 0:
         return v / rho, {"correction": 0.0, "rank": 0}
@@ -116,8 +211,10 @@ def nystrom_solve(Y, omega, v, rho):
     rows = torch.cat([omega.T, Y.T, unit[None]]).detach().double()
     products = (rows[q:-1] @ rows.T).cpu().numpy()  # Y^T Omega, Y^T Y and Y^T v: what follows is q x q
     if not np.isfinite(products).all():
-        raise ValueError("Y must be finite; the Hessian-vector products overflowed")
-    M, YY, Yv = products[:, :q], products[:, q:-1], products[:, -1]
+        raise NotFinite("Y must be finite; the Hessian-vector products overflowed")
+    M = products[:, :q]
+    YY = products[:, q:-1]
+    Yv = products[:, -1]
     eigenvalues, U = np.linalg.eigh((M + M.T) / 2)
     keep = eigenvalues > 10 * torch.finfo(Y.dtype).eps * float(rows[:q].norm() * rows[q:-1].norm())
     U = U[:, keep] / np.sqrt(eigenvalues[keep])  # H_q = F F^T with F = Y U
@@ -138,20 +235,25 @@ def nystrom_ihvp(product, v, rank=3, rho=50.0, sketch="krylov", generator=None):
 def cg_ihvp(product, v, rho=50.0, max_iters=50, tol=1e-5, preconditioner=None):
     """Conjugate gradient on (H + rho I) x = v, one Hessian-vector product an iteration.
 
-    Stops when ||r|| <= tol ||v||, after max_iters, or on a direction of non-positive or non-finite curvature, where it
-    keeps the x it has (v / rho if it has none). `preconditioner` maps a residual r (p,) to an approximation of
-    (H + rho I)^{-1} r, for example r -> nystrom_solve(Y, omega, r, rho)[0]. Returns x and info: "correction" as above,
-    "residual" = ||(H + rho I) x - v|| / ||v||, "iterations" and "negative_curvature".
+    Stops when ||r|| <= tol ||v||, after max_iters, or on a direction of non-positive or non-finite curvature,
+    where it keeps the x it has (v / rho if it has none). `preconditioner` maps a residual r (p,) to an
+    approximation of (H + rho I)^{-1} r, for example r -> nystrom_solve(Y, omega, r, rho)[0]. Returns x and
+    info: "correction" as in nystrom_solve, "residual" = ||(H + rho I) x - v|| / ||v||, "iterations" and
+    "negative_curvature". Raises NotFinite where v is not finite.
     """
     scale = _check(v, rho)
     if scale == 0:
-        return v / rho, {"correction": 0.0, "residual": 0.0, "iterations": 0, "negative_curvature": False}
+        nothing_to_do = {"correction": 0.0, "residual": 0.0, "iterations": 0, "negative_curvature": False}
+        return v / rho, nothing_to_do
     unit = _unit(v)
     norm_v = scale * float((v / scale).norm())  # no underflow
-    x, r = torch.zeros_like(v), unit
+    x = torch.zeros_like(v)
+    r = unit
     z = r if preconditioner is None else preconditioner(r)
-    direction, rz = z, r @ z
-    iterations, negative_curvature = 0, False
+    rz = r @ z
+    direction = z
+    iterations = 0
+    negative_curvature = False
     while iterations < max_iters and float(r.norm()) > tol:
         image = product(direction) + rho * direction
         curvature = float(direction @ image)
@@ -159,26 +261,57 @@ def cg_ihvp(product, v, rho=50.0, max_iters=50, tol=1e-5, preconditioner=None):
             negative_curvature = True
             break
         step = rz / curvature
-        x, r = x + step * direction, r - step * image
+        x = x + step * direction
+        r = r - step * image
         z = r if preconditioner is None else preconditioner(r)
         rz, rz_old = r @ z, rz
         direction = z + (rz / rz_old) * direction
         iterations += 1
     x = x if iterations else unit / rho
-    residual = float(r.norm()) if iterations else math.nan
-    correction = float((rho * x - unit).norm())
-    return x * norm_v, {"correction": correction, "residual": residual, "iterations": iterations, "negative_curvature": negative_curvature}
+    return x * norm_v, {
+        "correction": float((rho * x - unit).norm()),
+        "residual": float(r.norm()) if iterations else math.nan,
+        "iterations": iterations,
+        "negative_curvature": negative_curvature,
+    }
+
+
+def solve(method, product, v, rank=2, rho=50.0, sketch="krylov", cg_iters=50, generator=None):
+    """x = (H + rho I)^{-1} v by "nystrom", "cg" or "pcg" (CG preconditioned by the Nystrom sketch), and its
+    "correction" (nystrom_solve); both are NaN where v or H is not finite. CG stops at a relative residual of
+    1e-3."""
+    try:
+        if method == "nystrom":
+            x, info = nystrom_ihvp(product, v, rank, rho, sketch, generator)
+        elif method == "cg":
+            x, info = cg_ihvp(product, v, rho, cg_iters, 1e-3)
+        elif method == "pcg":
+            omega, Y = make_sketch(sketch, product, v, rank, generator)
+
+            def preconditioner(r):
+                return nystrom_solve(Y, omega, r, rho)[0]
+
+            x, info = cg_ihvp(product, v, rho, cg_iters, 1e-3, preconditioner)
+        else:
+            raise ValueError(f"method must be nystrom, cg or pcg, got {method!r}")
+    except NotFinite:
+        return torch.full_like(v, math.nan), math.nan
+    return x, info["correction"]
 
 
 def _check(v, rho):
     """The largest |v_i|, if v and rho are what a solver can take."""
-    if v.ndim != 1 or not math.isfinite(scale := float(v.abs().max())):
-        raise ValueError("v must be a flat vector of finite numbers")
+    if v.ndim != 1:
+        raise ValueError(f"v must be a flat vector, got shape {tuple(v.shape)}")
+    scale = float(v.abs().max())
+    if not math.isfinite(scale):
+        raise NotFinite("v must be a flat vector of finite numbers")
     if not 0 < rho < math.inf:
         raise ValueError(f"rho must be positive and finite, got {rho}")
     return scale
 
 
 def _unit(v):
-    scaled = v / v.abs().max().clamp_min(torch.finfo(v.dtype).tiny)  # a tiny float32 v would underflow in the norm
-    return scaled / scaled.norm().clamp_min(torch.finfo(v.dtype).tiny)
+    tiny = torch.finfo(v.dtype).tiny
+    scaled = v / v.abs().max().clamp_min(tiny)  # a tiny float32 v would underflow in the norm
+    return scaled / scaled.norm().clamp_min(tiny)

@@ -1,106 +1,127 @@
-"""Bilevel reinforcement learning on tabular problems: M-SoBiRL, SoBiRL and the methods they are compared with, in one file.
+"""Bilevel reinforcement learning on tabular problems: M-SoBiRL, SoBiRL and the methods they are compared
+with, in one file.
 
-Yang, Gao & Yuan, "Bilevel Reinforcement Learning via the Development of Hyper-gradient without Lower-Level Convexity"
-(arXiv:2405.19697); equation numbers are theirs. A leader chooses parameters x of a reward r(x), a follower answers with the
-optimal policy of the entropy-regularised Markov decision process (P, r(x), gamma, tau), and the leader pays f(x, pi*(x)):
+Yang, Gao & Yuan, "Bilevel Reinforcement Learning via the Development of Hyper-gradient without Lower-Level
+Convexity" (arXiv:2405.19697); equation numbers are theirs. A leader chooses parameters x of a reward r(x), a
+follower answers with the optimal policy of the entropy-regularised Markov decision process (P, r(x), gamma,
+tau), and the leader pays f(x, pi*(x)):
 
-    min_x phi(x) = f(x, pi*(x)),    Q* = r(x) + gamma P V*,    V* = tau log sum_a exp(Q*/tau),    pi* = exp((Q* - V*)/tau)
+    min_x phi(x) = f(x, pi*(x)),    Q* = r(x) + gamma P V*,    V* = tau log sum_a exp(Q*/tau),    pi* =
+    exp((Q* - V*)/tau)
 
-V* is the fixed point of varphi(x, v)_s = tau log sum_a exp((r_sa(x) + gamma P_sa v)/tau), a contraction, so that implicit
-differentiation needs no convexity below, only first derivatives and one linear system of the size of the state space. With
-m = pi* o grad_pi f and U^T m = sum_a m - gamma P^T m the hypergradient is
+V* is the fixed point of varphi(x, v)_s = tau log sum_a exp((r_sa(x) + gamma P_sa v)/tau), a contraction, so
+that implicit differentiation needs no convexity below, only first derivatives and one linear system of the
+size of the state space. With m = pi* o grad_pi f and U^T m = sum_a m - gamma P^T m the hypergradient is
 
-    grad phi = grad_x f + (1/tau) grad r^T (m - lambda w),    w = (I - gamma P^pi*)^{-T} U^T m,    lambda = pi*              (9)
+    grad phi = grad_x f + (1/tau) grad r^T (m - lambda w),    w = (I - gamma P^pi*)^{-T} U^T m,    lambda =
+    pi*              (9)
 
-and most methods differ in w alone: one least-squares step a round (M-SoBiRL), the first term of the Neumann series (78),
-roll-outs (15), or nothing (DRLHF). Everything is float64 and tested against finite differences: tests/test_sobirl.py.
+and most methods differ in w alone: one least-squares step a round (M-SoBiRL), the first term of the Neumann
+series (78), roll-outs (15), or nothing (DRLHF). Everything is float64 and tested against finite differences:
+tests/test_sobirl.py.
 
-    python sobirl_tabular.py --problem synthetic --method m-sobirl
-    for method in exact m-sobirl drlhf; do python sobirl_tabular.py --problem preference --method $method; done; python plot.py --runs-dir runs
+    python sobirl_tabular.py --problem synthetic --method m-sobirl for method in exact m-sobirl drlhf; do
+    python sobirl_tabular.py --problem preference --method $method; done; python plot.py --runs-dir runs
 """
 
 import math
-import os
-import signal
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Callable, Literal, NamedTuple
+from typing import Annotated, Callable, Literal, NamedTuple
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread is fastest for matrices this small
+import support  # before torch, because it sets the number of threads
 
 import torch
 import torch.nn.functional as F
 
-from run_folder import Run, Stopwatch, check_runs_dir, fail, parse_args, require, say
+from support.command import own_process
+from support.flags import Flags, Name, Range, Seed, check_ranges, fail, parse_args, say
+from support.run_folder import Run, Stop, check_runs_dir
+
+Rounds = Annotated[int, Range(1, 1_000_000, "lie between 1 and 1,000,000")]
+Tolerance = Annotated[float, Range(1e-12, 1, "lie between 1e-12 and 1")]
+Penalty = Annotated[float, Range(1e-300, 1_000_000, "be positive, and at most 1,000,000")]
+Momentum = Annotated[float, Range(0, 1_000_000, "lie in [0, 1,000,000]")]
+# None: the problem, or the method, has a value of its own
+Discount = Annotated[float | None, Range(0, 0.999, "lie in [0, 0.999]")]
+Temperature = Annotated[float | None, Range(0.001, 1_000, "lie in [0.001, 1,000]")]
+Rate = Annotated[float | None, Range(1e-300, 1_000, "be positive, and at most 1,000")]
+Decay = Annotated[float | None, Range(0, 1, "lie in [0, 1]")]
+Samples = Annotated[int | None, Range(0, 100_000, "lie between 0 and 100,000")]
+Rollout = Annotated[int | None, Range(1, 100_000, "lie between 1 and 100,000")]
 
 
 @dataclass
-class Args:
+class Args(Flags):
     problem: Literal["synthetic", "reward-shaping", "preference"] = "synthetic"
     """what leader and follower want"""
-    method: Literal["m-sobirl", "exact", "unrolled", "hpgd", "pbrl", "parl", "sobirl", "stoc-sobirl", "drlhf"] = "m-sobirl"
+    method: Literal[
+        "m-sobirl", "exact", "unrolled", "hpgd", "pbrl", "parl", "sobirl", "stoc-sobirl", "drlhf"
+    ] = "m-sobirl"
     """how the leader finds its direction"""
-    exp_name: str = ""
-    """name of the experiment, part of the run folder's name (the method's if empty)"""
-    seed: int = 1
+    exp_name: Name = ""
+    """name of the experiment, part of the run folder's name (empty: the method's name)"""
+    seed: Seed = 1
     """seed of the problem, and of the samples"""
-    rounds: int = 1000
+    rounds: Rounds = 1000
     """steps of the leader"""
     runs_dir: str = "runs"
     """folder that receives the run folder {problem}__{exp_name}__{seed}__{unix time}"""
     track: bool = False
     """log to Weights and Biases too (WANDB_MODE=offline needs no account, WANDB_PROJECT names the project)"""
-    gamma: float | None = None
+    gamma: Discount = None
     """discount factor of the follower (None: the problem's own)"""
-    tau: float | None = None
+    tau: Temperature = None
     """temperature of the follower (None: the problem's own)"""
-    beta: float | None = None
-    """step size of the leader (None: the problem's own, in each problem one for exact directions, one for m-sobirl, one for samples)"""
-    beta_decay: float | None = None
+    beta: Rate = None
+    """step size of the leader (None: the problem's own, one for exact directions, m-sobirl, samples each)"""
+    beta_decay: Decay = None
     """the step size falls with round^-beta_decay (None: 1/3 for stoc-sobirl, else 0)"""
-    sweeps: int = 10
+    sweeps: Rounds = 10
     """m-sobirl, unrolled, pbrl: soft Bellman sweeps a round, from where the last round ended"""
-    tol: float = 1e-8
+    tol: Tolerance = 1e-8
     """the other methods: error of Q* at which their sweeps end"""
     w_solver: Literal["gd", "exact"] = "gd"
     """m-sobirl: gradient steps on the least squares of w, or the solution"""
-    w_steps: int = 1
+    w_steps: Rounds = 1
     """m-sobirl: gradient steps a round"""
-    xi: float | None = None
+    xi: Rate = None
     """m-sobirl: step size of w (None: 1/|A|^2, the largest that cannot overshoot)"""
-    penalty: float = 100.0
+    penalty: Penalty = 100.0
     """pbrl: weight lambda of the follower's regret"""
-    samples: int | None = None
-    """sobirl, stoc-sobirl, hpgd: tuples of trajectories a round (0: exact expectations; None: 0 for sobirl, else 64)"""
-    rollout: int | None = None
+    samples: Samples = None
+    """sobirl, stoc-sobirl, hpgd: tuples of trajectories a round (0: expectations; None: 0 for sobirl, else
+    64)"""
+    rollout: Rollout = None
     """sobirl, stoc-sobirl, hpgd: steps of a roll-out (None: until gamma^steps < 0.001)"""
     depth: Literal["full", "one"] = "full"
     """sobirl, stoc-sobirl: (15), or its truncation after one step, (78)"""
     baseline: bool = True
-    """sobirl, stoc-sobirl: subtract the mean of the other samples from l, which changes no expectation (not in the paper)"""
-    momentum: float = 10.0
-    """stoc-sobirl: eta_k = min(1, momentum * round^-2/3), the weight of the new sample (inf: plain SGD)"""
+    """sobirl, stoc-sobirl: subtract the mean of the other samples from l, which changes no expectation (not
+    in the paper)"""
+    momentum: Momentum = 10.0
+    """stoc-sobirl: eta_k = min(1, momentum * round^-2/3), the weight of the new sample (0: the first one
+    only)"""
+
+    unit = "round"  # of progress
+
+    @property
+    def subject(self) -> str:
+        return self.problem
+
+    @property
+    def total(self) -> int:
+        return self.rounds
 
 
 def check_args(args: Args) -> None:
     """Refuses what cannot work before any work starts; every message names the flag and the fix."""
-    need = partial(require, args)
-    optional = lambda ok: lambda value: value is None or ok(value)
-    need("lie in [0, 2^31)", lambda n: 0 <= n < 2**31, "seed")
-    need("lie between 1 and 1,000,000", lambda n: 1 <= n <= 1_000_000, "rounds", "sweeps", "w_steps")
-    need("lie between 1e-12 and 1", lambda x: 1e-12 <= x <= 1, "tol")
-    need("lie in [0, 0.999]", optional(lambda x: 0 <= x <= 0.999), "gamma")
-    need("lie in [0.001, 1,000]", optional(lambda x: 0.001 <= x <= 1_000), "tau")
-    need("be positive, and at most 1,000", optional(lambda x: 0 < x <= 1_000), "beta", "xi")
-    need("be positive, and at most 1,000,000", lambda x: 0 < x <= 1_000_000, "penalty")
-    need("lie in [0, 1]", optional(lambda x: 0 <= x <= 1), "beta_decay")
-    need("lie in [0, 1,000,000]", lambda x: 0 <= x <= 1_000_000, "momentum")
-    need("lie between 0 and 100,000", optional(lambda n: 0 <= n <= 100_000), "samples")
-    need("be at least 2, or come with --no-baseline: the baseline is the mean of the others", lambda n: n != 1 or not args.baseline, "samples")
-    need("be at least 1 with stoc-sobirl, which is about samples", lambda n: n != 0 or args.method != "stoc-sobirl", "samples")
-    need("lie between 1 and 100,000", optional(lambda n: 1 <= n <= 100_000), "rollout")
-    need("have at most 100 characters", lambda name: len(name) <= 100, "exp_name")
+    check_ranges(args)
+    alone = args.samples == 1 and args.baseline
+    others = "be at least 2, or come with --no-baseline: the baseline is the mean of the others"
+    args.require("samples", not alone, others)
+    sampled = args.samples != 0 or args.method != "stoc-sobirl"
+    args.require("samples", sampled, "be at least 1 with stoc-sobirl, which is about samples")
     check_runs_dir(args.runs_dir)
 
 
@@ -109,9 +130,9 @@ def check_args(args: Args) -> None:
 
 @dataclass
 class Problem:
-    """S states, A actions, n parameters. The follower solves (P, reward(x), gamma, tau). The leader's objective is given as
-    a function and as (12), an expectation over tuples of independent trajectories under pi, with the same P and starts rho:
-    objective(x, pi) = E[sum_h costs(x, states, actions)_h]."""
+    """S states, A actions, n parameters. The follower solves (P, reward(x), gamma, tau). The leader's
+    objective is given as a function and as (12), an expectation over tuples of independent trajectories under
+    pi, with the same P and starts rho: objective(x, pi) = E[sum_h costs(x, states, actions)_h]."""
 
     P: torch.Tensor  # (S, A, S)
     gamma: float
@@ -124,7 +145,7 @@ class Problem:
     beta_tracking: float  # with one least-squares step a round (m-sobirl),
     beta_sampled: float  # with samples
     tuple_size: int = 1
-    horizon: int = 0  # steps of a trajectory; 0: it goes on with probability upper_gamma, which stands for discounting by it
+    horizon: int = 0  # steps of a trajectory; 0: it goes on with probability upper_gamma
     upper_gamma: float = 0.0
     optimum: float = math.nan  # min phi where it is known
 
@@ -142,11 +163,12 @@ def normal(*shape, generator):
 
 
 def synthetic(seed: int) -> Problem:
-    """The authors' random problem: r_sa = c_sa x'Mx, f = |x|^2/2 + |pi|^2/2, so that min phi = S/(2A), at x = 0. As (12):
-    two independent state-action pairs coincide with probability |pi|^2/S^2."""
+    """The authors' random problem: r_sa = c_sa x'Mx, f = |x|^2/2 + |pi|^2/2, so that min phi = S/(2A), at x =
+    0. As (12): two independent state-action pairs coincide with probability |pi|^2/S^2."""
     S, A, n = 10, 5, 100
     g = torch.Generator().manual_seed(seed)
-    successors = torch.stack([torch.randperm(S, generator=g) for _ in range(S * A)]) < torch.randint(1, S, (S * A, 1), generator=g)
+    ranks = torch.stack([torch.randperm(S, generator=g) for _ in range(S * A)])
+    successors = ranks < torch.randint(1, S, (S * A, 1), generator=g)
     P = (uniform(S * A, S, generator=g) * successors).reshape(S, A, S)
     c = uniform(S, A, generator=g) * uniform(S, A, generator=g)
     M = normal(n, n, generator=g)
@@ -155,15 +177,29 @@ def synthetic(seed: int) -> Problem:
         same = (s[:, 0] == s[:, 1]) & (a[:, 0] == a[:, 1])
         return 0.5 * (x @ x) + 0.5 * S**2 * same.to(x.dtype)
 
-    objective = lambda x, pi: 0.5 * (x @ x) + 0.5 * pi.square().sum()
-    P, start = P / P.sum(-1, keepdim=True), normal(n, generator=g)
-    return Problem(P, 0.5, 1.0, start, lambda x: c * (x @ M @ x), objective, costs, 8e-3, 8e-3, 8e-3, 2, 1, optimum=S / (2 * A))
+    P = P / P.sum(-1, keepdim=True)
+    return Problem(
+        P=P,
+        gamma=0.5,
+        tau=1.0,
+        start=normal(n, generator=g),
+        reward=lambda x: c * (x @ M @ x),
+        objective=lambda x, pi: 0.5 * (x @ x) + 0.5 * pi.square().sum(),
+        costs=costs,
+        beta=8e-3,
+        beta_tracking=8e-3,
+        beta_sampled=8e-3,
+        tuple_size=2,
+        horizon=1,
+        optimum=S / (2 * A),
+    )
 
 
 def reward_shaping(seed: int, size: int = 5, price: float = 1e-3) -> Problem:
-    """A grid with a wall, a goal in a corner that pays 1 and leads back to a random cell, and moves that slip once in ten.
-    The leader wants return with discount 0.95; the follower, short-sighted (0.5), sees that reward plus one parameter for
-    each state and action, for which the leader pays price/2 |x|^2. The seed draws the wall's gap."""
+    """A grid with a wall, a goal in a corner that pays 1 and leads back to a random cell, and moves that slip
+    once in ten. The leader wants return with discount 0.95; the follower, short-sighted (0.5), sees that
+    reward plus one parameter for each state and action, for which the leader pays price/2 |x|^2. The seed
+    draws the wall's gap."""
     S, A, true_gamma = size * size, 4, 0.95
     g = torch.Generator().manual_seed(seed)
     column, gap = size // 2, int(torch.randint(size, (), generator=g))
@@ -181,20 +217,33 @@ def reward_shaping(seed: int, size: int = 5, price: float = 1e-3) -> Problem:
     true[-1] = 1.0
 
     def objective(x, pi):
-        value = torch.linalg.solve(torch.eye(S, dtype=P.dtype) - true_gamma * transition(P, pi), (pi * true).sum(1))
+        system = torch.eye(S, dtype=P.dtype) - true_gamma * transition(P, pi)
+        value = torch.linalg.solve(system, (pi * true).sum(1))
         return 0.5 * price * (x @ x) - value.mean()
 
     def costs(x, s, a, alive):
         first = F.one_hot(torch.zeros(len(s), dtype=torch.long), s.shape[2])
         return 0.5 * price * (x @ x) * first - (true[s, a] * alive)[:, 0]
 
-    start = torch.zeros(S * A, dtype=torch.float64)
-    return Problem(P, 0.5, 0.1, start, lambda x: true + x.reshape(S, A), objective, costs, 1.0, 3e-3, 0.03, upper_gamma=true_gamma)
+    return Problem(
+        P=P,
+        gamma=0.5,
+        tau=0.1,
+        start=torch.zeros(S * A, dtype=torch.float64),
+        reward=lambda x: true + x.reshape(S, A),
+        objective=objective,
+        costs=costs,
+        beta=1.0,
+        beta_tracking=3e-3,
+        beta_sampled=0.03,
+        upper_gamma=true_gamma,
+    )
 
 
 def preference(seed: int, S: int = 4, A: int = 3, H: int = 2) -> Problem:
-    """Reward learning from preferences between two trajectories of H steps: cross-entropy of the Bradley-Terry model of
-    r(x), one parameter for each state and action, against that of a hidden true reward; all pairs can be enumerated."""
+    """Reward learning from preferences between two trajectories of H steps: cross-entropy of the
+    Bradley-Terry model of r(x), one parameter for each state and action, against that of a hidden true
+    reward; all pairs can be enumerated."""
     g = torch.Generator().manual_seed(seed)
     P = uniform(S, A, S, generator=g) ** 4
     P = P / P.sum(-1, keepdim=True)
@@ -215,7 +264,20 @@ def preference(seed: int, S: int = 4, A: int = 3, H: int = 2) -> Problem:
         last = F.one_hot(torch.full((len(s),), s.shape[2] - 1), s.shape[2])
         return loss(x.reshape(S, A), (s[:, 0], a[:, 0]), (s[:, 1], a[:, 1]))[:, None] * last
 
-    return Problem(P, 0.9, 0.2, normal(S * A, generator=g), lambda x: x.reshape(S, A), objective, costs, 0.3, 0.01, 0.1, 2, H)
+    return Problem(
+        P=P,
+        gamma=0.9,
+        tau=0.2,
+        start=normal(S * A, generator=g),
+        reward=lambda x: x.reshape(S, A),
+        objective=objective,
+        costs=costs,
+        beta=0.3,
+        beta_tracking=0.01,
+        beta_sampled=0.1,
+        tuple_size=2,
+        horizon=H,
+    )
 
 
 PROBLEMS = {"synthetic": synthetic, "reward-shaping": reward_shaping, "preference": preference}
@@ -257,15 +319,19 @@ def soft_policy_value(problem: Problem, r, log_pi):
 
 
 def solve_follower(problem: Problem, r, Q):
-    """Q* to machine precision by soft policy iteration, which is Newton's method on V = varphi(x, V): for the measurements."""
+    """Q* to machine precision by soft policy iteration, which is Newton's method on V = varphi(x, V): for the
+    measurements."""
     for _ in range(100):
-        last, Q = Q, r + problem.gamma * problem.P @ soft_policy_value(problem, r, torch.log_softmax(Q / problem.tau, 1))
+        last = Q
+        V = soft_policy_value(problem, r, torch.log_softmax(Q / problem.tau, 1))
+        Q = r + problem.gamma * problem.P @ V
         if (Q - last).abs().max() <= 1e-13 * (1 + Q.abs().max()):
             break
     return sweep(problem, r, Q)
 
 
-# The leader: every method returns a direction, (n,), from x, the follower's Q, and what it remembers from round to round
+# The leader: every method returns a direction, (n,), from x, the follower's Q, and what it remembers from
+# round to round
 
 
 def gradients(problem: Problem, x, pi):
@@ -312,7 +378,8 @@ def m_sobirl(problem, x, Q, memory, args, generator):
     if args.w_solver == "exact":
         w = torch.linalg.solve(A, b)
     memory["w"] = w
-    policy = torch.softmax(sweep(problem, problem.reward(x), Q) / problem.tau, 1)  # lambda of grad_x varphi(x, V), V of (10)
+    # lambda of grad_x varphi(x, V), with the V of (10)
+    policy = torch.softmax(sweep(problem, problem.reward(x), Q) / problem.tau, 1)
     return assemble(problem, x, by_x, m, policy, w)
 
 
@@ -331,10 +398,15 @@ def drlhf(problem, x, Q, memory, args, generator):
 
 
 def pbrl(problem, x, Q, memory, args, generator):
-    """Shen et al. (2024): min f(x, y) + penalty (V*(x) - V^y(x)) over x and a second policy y. y takes mirror ascent steps on
-    penalty V^y - f, each towards exp((Q^y - grad_pi f/(penalty d))/tau), d its discounted visits to the states."""
-    r, eye = problem.reward(x), torch.eye(len(Q), dtype=Q.dtype)
-    visits = lambda pi: torch.linalg.solve(eye - problem.gamma * transition(problem.P, pi).T, problem.rho)
+    """Shen et al. (2024): min f(x, y) + penalty (V*(x) - V^y(x)) over x and a second policy y. y takes mirror
+    ascent steps on penalty V^y - f, each towards exp((Q^y - grad_pi f/(penalty d))/tau), d its discounted
+    visits to the states."""
+    r = problem.reward(x)
+    eye = torch.eye(len(Q), dtype=Q.dtype)
+
+    def visits(pi):  # discounted, (S,)
+        return torch.linalg.solve(eye - problem.gamma * transition(problem.P, pi).T, problem.rho)
+
     pi = torch.softmax(Q / problem.tau, 1)
     logits = memory.get("logits", Q / problem.tau)
     step = 1 / (1 + 1 / (args.penalty * problem.tau * (1 - problem.gamma)))
@@ -342,7 +414,8 @@ def pbrl(problem, x, Q, memory, args, generator):
         log_y = torch.log_softmax(logits, 1)
         y = log_y.exp()
         by_y = gradients(problem, x, y)[1] / y.clamp_min(1e-300)
-        target = r + problem.gamma * problem.P @ soft_policy_value(problem, r, log_y) - by_y / (args.penalty * visits(y)[:, None])
+        Q_y = r + problem.gamma * problem.P @ soft_policy_value(problem, r, log_y)
+        target = Q_y - by_y / (args.penalty * visits(y)[:, None])
         logits = (1 - step) * log_y + step * target / problem.tau
     y = torch.softmax(logits, 1)
     memory["logits"] = logits
@@ -351,10 +424,14 @@ def pbrl(problem, x, Q, memory, args, generator):
 
 
 def parl(problem, x, Q, memory, args, generator):
-    """Chakraborty et al. (2024): implicit differentiation of grad_theta V = 0 for a softmax policy theta. Its Hessian is
-    singular, since theta_s + constant is the same policy: pseudo-inverse."""
-    value = lambda theta, x: soft_policy_value(problem, problem.reward(x), torch.log_softmax(theta, 1)).mean()
-    x, theta = x.detach().requires_grad_(), (Q / problem.tau).detach().requires_grad_()
+    """Chakraborty et al. (2024): implicit differentiation of grad_theta V = 0 for a softmax policy theta. Its
+    Hessian is singular, since theta_s + constant is the same policy: pseudo-inverse."""
+
+    def value(theta, x):
+        return soft_policy_value(problem, problem.reward(x), torch.log_softmax(theta, 1)).mean()
+
+    x = x.detach().requires_grad_()
+    theta = (Q / problem.tau).detach().requires_grad_()
     f = problem.objective(x, torch.softmax(theta, 1))
     by_x, by_theta = torch.autograd.grad(f, (x, theta))
     hessian = torch.func.hessian(value)(theta.detach(), x.detach()).reshape(theta.numel(), -1)
@@ -364,13 +441,14 @@ def parl(problem, x, Q, memory, args, generator):
 
 
 class Sample(NamedTuple):
-    """M tuples of trajectories of the leader's objective, and two roll-outs of T steps in the follower's problem for each
-    step in them: from its state and action, for grad Q, and from its state alone, for grad V."""
+    """M tuples of trajectories of the leader's objective, and two roll-outs of T steps in the follower's
+    problem for each step in them: from its state and action, for grad Q, and from its state alone, for grad
+    V."""
 
     s: torch.Tensor  # (M, tuple_size, H)
     a: torch.Tensor
     alive: torch.Tensor  # bool, False behind a trajectory's end
-    after_q: tuple[torch.Tensor, torch.Tensor]  # states and actions, each (V, T), for the V steps alive, in their order
+    after_q: tuple[torch.Tensor, torch.Tensor]  # states and actions, each (V, T), of the V steps alive
     after_v: tuple[torch.Tensor, torch.Tensor]
 
 
@@ -399,11 +477,14 @@ def draw(problem: Problem, pi, args, generator) -> Sample:
 
 
 def estimate(problem: Problem, x, pi, sample: Sample, behaviour, args):
-    """(15), or with depth "one" (78), at x and pi from a sample of the policy `behaviour`, each part of it weighed by its
-    likelihood ratio: the gradient of mean l + (1/tau) mean of l times the sum over steps of (Q - V), l in the latter constant."""
-    x, ratio = x.detach().requires_grad_(), pi / behaviour.clamp_min(1e-300)
+    """(15), or with depth "one" (78), at x and pi from a sample of the policy `behaviour`, each part of it
+    weighed by its likelihood ratio: the gradient of mean l + (1/tau) mean of l times the sum over steps of (Q
+    - V), l in the latter constant."""
+    x = x.detach().requires_grad_()
+    ratio = pi / behaviour.clamp_min(1e-300)
     s, a, alive = sample.s, sample.a, sample.alive
-    weight = torch.where(alive, ratio[s, a], 1.0).flatten(1).prod(1).clamp_max(10)  # (M,); clipping is our own addition
+    weight = torch.where(alive, ratio[s, a], 1.0).flatten(1).prod(1)  # (M,)
+    weight = weight.clamp_max(10)  # our own addition
     l = problem.costs(x, s, a, alive).sum(1)
     centred = l.detach()
     if args.baseline:
@@ -413,8 +494,12 @@ def estimate(problem: Problem, x, pi, sample: Sample, behaviour, args):
         advantage = (r - (pi * r).sum(1, keepdim=True))[s[alive], a[alive]]
     else:
         discount = problem.gamma ** torch.arange(args.rollout, dtype=r.dtype)
-        total = lambda path, odds: (discount * odds.cumprod(1).clamp_max(10) * r[path]).sum(1)
-        given = torch.cat([torch.ones_like(discount[:1]).expand(int(alive.sum()), 1), ratio[sample.after_q][:, 1:]], 1)
+
+        def total(path, odds):  # discounted reward of roll-outs, each step weighed by its likelihood ratio
+            return (discount * odds.cumprod(1).clamp_max(10) * r[path]).sum(1)
+
+        first = torch.ones_like(discount[:1]).expand(int(alive.sum()), 1)  # the first action is given
+        given = torch.cat([first, ratio[sample.after_q][:, 1:]], 1)
         advantage = total(sample.after_q, given) - total(sample.after_v, ratio[sample.after_v])  # (V,)
     owner = torch.arange(len(l))[:, None, None].expand_as(s)[alive]
     surrogate = (weight * l).mean() + ((weight * centred)[owner] * advantage).sum() / (len(l) * problem.tau)
@@ -422,7 +507,8 @@ def estimate(problem: Problem, x, pi, sample: Sample, behaviour, args):
 
 
 def sobirl(problem, x, Q, memory, args, generator):
-    """Algorithm 2: (15) with the policy at hand; without samples its expectation, which is (9) at that policy."""
+    """Algorithm 2: (15) with the policy at hand; without samples its expectation, which is (9) at that
+    policy."""
     pi = torch.softmax(Q / problem.tau, 1)
     if args.samples:
         return estimate(problem, x, pi, draw(problem, pi, args, generator), pi, args)
@@ -451,112 +537,158 @@ def stoc_sobirl(problem, x, Q, memory, args, generator):
 
 
 def visit_means(values, s, a, S: int, A: int):
-    """Mean of values over the visits to each (s, a) minus that over the visits to s; values, s, a (V,) -> (S, A)."""
-    mean = lambda index, size: torch.zeros(size, dtype=values.dtype).index_add(0, index, values) / torch.bincount(index, minlength=size).clamp_min(1)
+    """Mean of values over the visits to each (s, a) minus that over the visits to s; values, s, a (V,) -> (S,
+    A)."""
+
+    def mean(index, size):
+        total = torch.zeros(size, dtype=values.dtype).index_add(0, index, values)
+        return total / torch.bincount(index, minlength=size).clamp_min(1)
+
     return mean(s * A + a, S * A).reshape(S, A) - mean(s, S)[:, None]
 
 
 def hpgd(problem, x, Q, memory, args, generator):
-    """Thoma et al. (2024): (14) with causal advantages of the leader, A_U, in place of l, and grad A of the follower as a mean
-    over visits; without samples its expectation."""
+    """Thoma et al. (2024): (14) with causal advantages of the leader, A_U, in place of l, and grad A of the
+    follower as a mean over visits; without samples its expectation."""
     pi = torch.softmax(Q / problem.tau, 1)
     if not args.samples:
         by_x, m = gradients(problem, x, pi)
         m = m - pi * m.sum(1, keepdim=True)  # visits times A_U
         return assemble(problem, x, by_x, m, pi, torch.linalg.solve(*adjoint_system(problem, pi, m)))
-    (S, A), sample, x = pi.shape, draw(problem, pi, args, generator), x.detach().requires_grad_()
+    S, A = pi.shape
+    sample = draw(problem, pi, args, generator)
+    x = x.detach().requires_grad_()
     costs = problem.costs(x, sample.s, sample.a, sample.alive)  # (M, H)
     to_go = costs.detach().flip(1).cumsum(1).flip(1)[:, None].expand(sample.s.shape)[sample.alive]
     s, a = sample.s[sample.alive], sample.a[sample.alive]
     advantage = visit_means(to_go, s, a, S, A)  # A_U
     begin = torch.multinomial(problem.rho, args.samples, replacement=True, generator=generator)
     states, actions = walk(problem.P, pi, begin, 2 * args.rollout, generator)
-    rewards, suffix, sums = problem.reward(x)[states, actions], 0.0, []
+    rewards = problem.reward(x)[states, actions]
+    suffix = 0.0
+    sums = []
     for t in reversed(range(2 * args.rollout)):
         suffix = rewards[:, t] + problem.gamma * suffix
         sums.append(suffix)
     first = slice(0, args.rollout)  # whose sums reach at least as far as a roll-out
     values = torch.stack(sums[::-1], 1)[:, first].flatten()
-    lower = visit_means(values, states[:, first].flatten(), actions[:, first].flatten(), S, A)  # grad of it: grad A
+    # grad of it: grad A
+    lower = visit_means(values, states[:, first].flatten(), actions[:, first].flatten(), S, A)
     surrogate = costs.sum(1).mean() + (advantage * lower)[s, a].sum() / (args.samples * problem.tau)
     return torch.autograd.grad(surrogate, x)[0]
 
 
-METHODS = {"m-sobirl": m_sobirl, "exact": exact, "unrolled": unrolled, "hpgd": hpgd, "pbrl": pbrl, "parl": parl}
-METHODS |= {"sobirl": sobirl, "stoc-sobirl": stoc_sobirl, "drlhf": drlhf}
+METHODS = {
+    "m-sobirl": m_sobirl,
+    "exact": exact,
+    "unrolled": unrolled,
+    "hpgd": hpgd,
+    "pbrl": pbrl,
+    "parl": parl,
+    "sobirl": sobirl,
+    "stoc-sobirl": stoc_sobirl,
+    "drlhf": drlhf,
+}
 FIXED_SWEEPS = ("m-sobirl", "unrolled", "pbrl")
+
+
+def filled(args: Args, **own) -> Args:
+    """args with these values where it has none."""
+    return replace(args, **{name: value for name, value in own.items() if getattr(args, name) in (None, "")})
 
 
 def complete(args: Args) -> tuple[Args, Problem]:
     """The problem, and every flag that was left to it or to the method."""
     problem = PROBLEMS[args.problem](args.seed)
-    fill = lambda args, **own: replace(args, **{k: v for k, v in own.items() if getattr(args, k) in (None, "")})
-    args = fill(args, gamma=problem.gamma, tau=problem.tau, exp_name=args.method, samples=64 if args.method in ("hpgd", "stoc-sobirl") else 0)
+    samples = 64 if args.method in ("hpgd", "stoc-sobirl") else 0
+    args = filled(args, gamma=problem.gamma, tau=problem.tau, exp_name=args.method, samples=samples)
     problem = replace(problem, gamma=args.gamma, tau=args.tau)
-    tracking = args.method == "m-sobirl" and args.w_solver == "gd"
-    beta = problem.beta_tracking if tracking else problem.beta_sampled if args.samples else problem.beta
+
+    beta = problem.beta_sampled if args.samples else problem.beta
+    if args.method == "m-sobirl" and args.w_solver == "gd":
+        beta = problem.beta_tracking
+    beta_decay = 0.0
     if args.method == "stoc-sobirl":
         beta *= 4  # because it falls
+        beta_decay = 1 / 3
     rollout = math.ceil(math.log(1e-3) / math.log(problem.gamma)) if problem.gamma > 0 else 1
-    args = fill(args, beta=beta, beta_decay=1 / 3 if args.method == "stoc-sobirl" else 0.0, rollout=rollout)
-    steps = args.samples * problem.tuple_size * (problem.horizon or 1 / (1 - problem.upper_gamma)) * args.rollout
+    args = filled(args, beta=beta, beta_decay=beta_decay, rollout=rollout)
+
+    length = problem.horizon or 1 / (1 - problem.upper_gamma)
+    steps = args.samples * problem.tuple_size * length * args.rollout
     if steps > 1e8:
-        fail(f"--samples must leave at most 1e8 steps of roll-outs to a round, got {args.samples}, {steps:.1g} steps: lower it or --rollout")
+        got = f"got {args.samples}, {steps:.1g} steps: lower it or --rollout"
+        fail(f"--samples must leave at most 1e8 steps of roll-outs to a round, {got}")
     return args, problem
 
 
 def train(args: Args) -> Path:
     args, problem = complete(args)
     generator = torch.Generator().manual_seed(args.seed)
-    run = Run(args, args.problem, args.rounds, unit="round")
-    x, memory, seconds = problem.start, {}, 0.0
-    Q = optimum = torch.zeros(problem.P.shape[:2], dtype=x.dtype)
-    for step in range(args.rounds + 1):  # the last one only measures
-        lap = Stopwatch()
-        memory["Q before"], sweeps, r = Q, args.sweeps, problem.reward(x)
-        if not r.abs().max() < 1e100:
-            run.stop(f"error: x has diverged in round {step}: lower --beta {args.beta:g}")
-        if args.method in FIXED_SWEEPS:
-            for _ in range(args.sweeps):
-                Q = sweep(problem, r, Q)
-        else:
-            Q, sweeps = best_response(problem, r, Q, args.tol)
-        lap("follower")
-        direction = METHODS[args.method](problem, x, Q, memory, args, generator)
-        beta = args.beta / (step + 1) ** args.beta_decay
-        lap("leader")
+    x = problem.start
+    Q = torch.zeros(problem.P.shape[:2], dtype=x.dtype)
+    optimum = Q
+    memory = {}
+    seconds = 0.0
 
-        # Measurements, whose time does not count: phi and its gradient with the follower solved to machine precision
-        optimum = solve_follower(problem, r, optimum)
-        gradient = exact(problem, x, optimum, {}, args, None)
-        pi, best = torch.softmax(Q / problem.tau, 1), torch.softmax(optimum / problem.tau, 1)
-        phi = float(problem.objective(x, best))
-        if not (math.isfinite(phi) and bool(direction.isfinite().all())):
-            run.stop(f"error: x has diverged in round {step}: lower --beta {args.beta:g}")
-        seconds += lap.seconds["follower"] + lap.seconds["leader"]
-        row = {"round": step, "seconds": round(seconds, 6), "phi": phi, "gradient_norm": float(gradient.norm())}
-        row |= {"cosine": float(F.cosine_similarity(direction, gradient, dim=0, eps=1e-300)), "direction_norm": float(direction.norm())}
-        row |= {"policy_error": float((pi - best).abs().max()), "sweeps": sweeps}
-        row |= {f"seconds_{phase}": round(spent, 6) for phase, spent in lap.seconds.items()}
-        run.log(row, f"phi {phi:.6g}  |grad phi| {row['gradient_norm']:.3g}  cosine {row['cosine']:.4f}")
-        if run.signal:
-            run.stop(f"stopped in round {step}", status=128 + run.signal)
-        if step < args.rounds:
-            x = x - beta * direction
-    run.save("solution.pt", {"x": x, "policy": best, "Q": optimum, "phi": phi, "config": run.config})
-    known = f", optimum {problem.optimum:g}" if math.isfinite(problem.optimum) else ""
-    say(f"{args.rounds:,} rounds in {seconds:.2f} s: phi {phi:.6g}{known}, |grad phi| {row['gradient_norm']:.3g}")
-    run.close()
-    say(f"results in {run.folder}")
+    with Run(args, args.rounds + 1) as run:  # the last round only measures
+        lap = run.lap
+        for step in run.iterations():
+            diverged = f"x has diverged in round {step}: lower --beta {args.beta:g}"
+            memory["Q before"] = Q
+            sweeps = args.sweeps
+            r = problem.reward(x)
+            if not r.abs().max() < 1e100:
+                raise Stop(diverged)
+            if args.method in FIXED_SWEEPS:
+                for _ in range(args.sweeps):
+                    Q = sweep(problem, r, Q)
+            else:
+                Q, sweeps = best_response(problem, r, Q, args.tol)
+            lap("follower")
+            direction = METHODS[args.method](problem, x, Q, memory, args, generator)
+            beta = args.beta / (step + 1) ** args.beta_decay
+            lap("leader")
+
+            # Measurements, whose time does not count: phi and its gradient with the follower solved exactly
+            optimum = solve_follower(problem, r, optimum)
+            gradient = exact(problem, x, optimum, {}, args, None)
+            pi = torch.softmax(Q / problem.tau, 1)
+            best = torch.softmax(optimum / problem.tau, 1)
+            phi = float(problem.objective(x, best))
+            if not (math.isfinite(phi) and bool(direction.isfinite().all())):
+                raise Stop(diverged)
+            seconds += lap.seconds["follower"] + lap.seconds["leader"]
+            row = {
+                "round": step,
+                "seconds": round(seconds, 6),
+                "phi": phi,
+                "gradient_norm": float(gradient.norm()),
+                "cosine": float(F.cosine_similarity(direction, gradient, dim=0, eps=1e-300)),
+                "direction_norm": float(direction.norm()),
+                "policy_error": float((pi - best).abs().max()),
+                "sweeps": sweeps,
+            }
+            row |= {f"seconds_{phase}": round(spent, 6) for phase, spent in lap.seconds.items()}
+            norm = row["gradient_norm"]
+            run.log(row, f"phi {phi:.6g}  |grad phi| {norm:.3g}  cosine {row['cosine']:.4f}")
+            if step < args.rounds:
+                x = x - beta * direction
+
+        run.save("solution.pt", {"x": x, "policy": best, "Q": optimum, "phi": phi, "config": run.config})
+        known = f", optimum {problem.optimum:g}" if math.isfinite(problem.optimum) else ""
+        say(f"{args.rounds:,} rounds in {seconds:.2f} s: phi {phi:.6g}{known}, |grad phi| {norm:.3g}")
+        say(f"results in {run.folder}")
     return run.folder
 
 
 def main(argv: list[str] | None = None) -> Path:
+    if argv is None:
+        own_process()
     args = parse_args(Args, __doc__, argv)
     check_args(args)
     return train(args)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # outside of the rounds Ctrl-C just ends
     main()

@@ -1,0 +1,38 @@
+"""From the command line to training, to going on with a run, or to an evaluation of one."""
+
+import gc
+import signal
+
+from support.environments import check_env_id
+from support.evaluation import evaluate_run
+from support.flags import check_run_flags, parse_args, script_of
+from support.run_folder import check_runs_dir, evaluated, resumed
+
+
+def own_process() -> None:
+    """What is right for a process that does nothing but train."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # outside of training Ctrl-C just ends, without a traceback
+    gc.freeze()  # what the imports made will never be garbage: the collector need not go through it again
+
+
+def start(Args, check_args, train, Actor, description: str, argv: list[str] | None = None):
+    """Runs a script with the flags of argv, of the command line if that is None; returns the run folder of a
+    training."""
+    if argv is None:
+        own_process()
+    args = parse_args(Args, description, argv)
+    args.exp_name = args.exp_name or script_of(args).stem
+    args.require("resume", not (args.resume and args.evaluate), "be empty with --evaluate: give one of them")
+    if args.evaluate:
+        args, path, saved = evaluated(args, argv)
+        check_run_flags(args)
+        return evaluate_run(Actor, args, path, saved)
+
+    checkpoint = None
+    if args.resume:
+        args, checkpoint = resumed(args, argv)
+    check_run_flags(args)
+    check_args(args)
+    check_env_id(args.env_id)
+    check_runs_dir(args.runs_dir)
+    return train(args, checkpoint)

@@ -1,0 +1,221 @@
+"""Solvers of (H + rho I) x = v on critics of real runs: how accurate for how many milliseconds.
+
+    python tools/solvers.py runs/Walker2d-v4__blpo__1__1763900000 runs/Hopper-v4__blpo__1__1763900500
+
+Every run is copied and goes on from the last checkpoint but one, so that critic, minibatches and v are those
+of training; the run itself stays as it is. Writes one row for each environment, solver, kind of products and
+budget (products with H): the relative residual ||(H + rho I) x - v|| / ||v||, with the whole Hessian in
+float64 whatever the solver used, and the milliseconds of a solve in float32 (one thread, median of
+repetitions, products included).
+"""
+
+import copy
+import csv
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, wherever this is started
+
+import support  # noqa: F401  before torch, because it sets the number of threads
+
+import torch
+import tyro
+
+import blpo_continuous
+import blpo_discrete
+from nystrom import cg_ihvp, make_sketch, nystrom_ihvp, nystrom_solve
+
+SCRIPTS = {"blpo_continuous.py": blpo_continuous, "blpo_discrete.py": blpo_discrete}
+BUDGETS = {
+    "krylov": (1, 2, 3, 4, 6),
+    "v-gaussian": (1, 2, 5, 10, 20),
+    "gaussian": (2, 5, 10, 20, 50),
+    "columns": (2, 5, 10, 20, 50),
+    "cg": (1, 2, 3, 5, 8),
+    "pcg": (1, 2, 3, 5),  # iterations after a Krylov sketch of rank 2
+}
+
+
+@dataclass
+class Args:
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """folders of BLPO runs"""
+    minibatches: int = 5
+    """minibatches of each run"""
+    repeat: int = 7
+    """timed repetitions of a solve"""
+    csv: Path = Path("results/solvers.csv")
+    """file to write"""
+
+
+class Enough(Exception):
+    """Raised in the middle of a run that has given all that was asked for."""
+
+
+class Moment(NamedTuple):
+    """What a run handed to its hypergradient."""
+
+    critic: torch.nn.Module
+    mb: NamedTuple  # the script's Batch
+    ratio: torch.Tensor  # (M, T)
+    args: object  # the run's flags
+
+
+def moments(run: Path, count: int):
+    """The script of a run, and the first `count` moments after its last checkpoint but one."""
+    script = SCRIPTS[json.loads((run / "config.json").read_text(encoding="utf-8"))["script"]]
+    taken = []
+    leader_gradient = script.leader_gradient
+    curvature = script.curvature
+
+    def see_ratio(J, mb, ratio, args):
+        taken.append(ratio.detach())
+        return leader_gradient(J, mb, ratio, args)
+
+    def see_critic(critic, mb, J, args):
+        taken[-1] = Moment(copy.deepcopy(critic), mb, taken[-1], args)
+        if len(taken) == count:
+            raise Enough
+        return curvature(critic, mb, J, args)
+
+    script.leader_gradient = see_ratio
+    script.curvature = see_critic
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            going = shutil.copytree(run, Path(folder) / run.name)
+            script.main(["--resume", str(going / "checkpoint.previous.pt")])
+    except Enough:
+        pass
+    finally:
+        script.leader_gradient = leader_gradient
+        script.curvature = curvature
+    return script, taken
+
+
+def doubled(script, moment: Moment) -> Moment:
+    """The same in float64."""
+    mb = script.Batch(*(x.double() if x.is_floating_point() else x for x in moment.mb))
+    return Moment(copy.deepcopy(moment.critic).double(), mb, moment.ratio.double(), moment.args)
+
+
+def system(script, moment: Moment, hessian: str):
+    """The map u -> H u, by products of the kind `hessian` (the flag), and v (p,), by the script's own
+    functions."""
+    critic, mb, ratio, args = moment
+    J = script.Jacobian(critic.value, script.stacked_obs(mb.obs, mb.next_obs, mb.cut))
+    v = script.leader_gradient(J, mb, ratio, args)
+    return script.curvature(critic, mb, J, replace(args, hessian=hessian)), v
+
+
+def misfit(run: Path) -> bool:
+    """Whether run is not what this script needs."""
+    if not (run / "config.json").exists() or not (run / "checkpoint.previous.pt").exists():
+        return True
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    flags = config["flags"]
+    return config["script"] not in SCRIPTS or flags["ihvp"] == "none" or flags["hypergradient"] == "control"
+
+
+def setup_ms(script, moment: Moment, hessian: str, repeat: int) -> float:
+    """Milliseconds of what comes before the first product, beyond the Jacobian, which v needs anyway."""
+    critic, mb, _, args = moment
+    J = script.Jacobian(critic.value, script.stacked_obs(mb.obs, mb.next_obs, mb.cut))
+    spent = []
+    for _ in range(repeat):
+        begin = time.perf_counter()
+        script.curvature(critic, mb, J, replace(args, hessian=hessian))
+        spent.append(1e3 * (time.perf_counter() - begin))
+    return statistics.median(spent)
+
+
+def solve(solver: str, product, v, budget: int, rho: float, generator):
+    """x (p,) by `budget` products with H; CG and preconditioned CG make as many iterations."""
+    if solver == "cg":
+        return cg_ihvp(product, v, rho, budget, 0.0)[0]
+    if solver == "pcg":
+        omega, Y = make_sketch("krylov", product, v, 2)
+
+        def preconditioner(r):
+            return nystrom_solve(Y, omega, r, rho)[0]
+
+        return cg_ihvp(product, v, rho, budget, 0.0, preconditioner)[0]
+    return nystrom_ihvp(product, v, budget, rho, solver, generator)[0]
+
+
+class System(NamedTuple):
+    """One linear system, as a solver gets it and exactly."""
+
+    product: object
+    v: torch.Tensor
+    exact_product: object  # with the whole Hessian, in float64
+    exact_v: torch.Tensor
+
+
+@dataclass
+class Case:
+    """One solver with one budget on the systems of one run; `row` is what will be written about it."""
+
+    row: dict
+    systems: list[System]
+    solver: str
+    budget: int
+    rho: float
+    setup: float  # milliseconds
+    spent: list[float] = field(default_factory=list)  # milliseconds of each solve
+
+    def measure(self) -> None:
+        residuals = []
+        for i, (product, v, exact_product, exact_v) in enumerate(self.systems):
+            generator = torch.Generator().manual_seed(i)
+            begin = time.perf_counter()
+            x = solve(self.solver, product, v, self.budget, self.rho, generator).double()
+            self.spent.append(1e3 * (time.perf_counter() - begin))
+            rest = exact_product(x) + self.rho * x - exact_v
+            residuals.append(float(rest.norm() / exact_v.norm()))
+        self.row["residual"] = f"{statistics.mean(residuals):.4g}"
+        self.row["ms"] = round(self.setup + statistics.median(self.spent), 3)
+
+
+def cases_of(run: Path, args: Args) -> list[Case]:
+    script, taken = moments(run, args.minibatches)
+    cases = []
+    for hessian in ("gauss-newton", "full"):
+        setup = statistics.median(setup_ms(script, moment, hessian, args.repeat) for moment in taken)
+        exact = [system(script, doubled(script, moment), "full") for moment in taken]
+        systems = [System(*system(script, moment, hessian), *known) for moment, known in zip(taken, exact)]
+        flags = taken[0].args
+        for solver, budgets in BUDGETS.items():
+            for budget in budgets:
+                products = budget + 2 * (solver == "pcg")
+                row = {"env_id": flags.env_id, "solver": solver, "hessian": hessian, "products": products}
+                cases.append(Case(row, systems, solver, budget, flags.nystrom_rho, setup))
+    return cases
+
+
+def main(args: Args) -> None:
+    if bad := [str(run) for run in args.runs if misfit(run)]:
+        names = ", ".join(bad)
+        sys.exit(f"error: {names}: not a run of BLPO, with a solver, that has written two checkpoints")
+    cases = [case for run in args.runs for case in cases_of(run, args)]
+    for _ in range(args.repeat):  # outermost, so that a slow spell of the machine meets all cases
+        for case in cases:
+            case.measure()
+    rows = [case.row for case in cases]
+    args.csv.parent.mkdir(parents=True, exist_ok=True)
+    with open(args.csv, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"{len(rows)} rows in {args.csv}; python tools/plot.py draws them")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,140 @@
+"""Steps per second of training commands, measured side by side: one after the other, in turns, so that
+whatever slows the machine down for a while meets all of them.
+
+    python tools/speed.py "python blpo_continuous.py" "python blpo_continuous.py --ihvp none" --turns 3
+
+Every command must end by itself and say how far it is: the scripts here do so in progress.csv, CleanRL's by
+lines "SPS: n" and "global_step=n". A command's rate is taken from its first report on (steady state: imports
+and first iteration left out). Prints a row per command: median steps per second, median over the turns of the
+ratio to the last command's rate of the same turn, largest memory (peak RSS), and for the scripts here the
+milliseconds of an iteration by phase. All with one thread of PyTorch.
+"""
+
+import csv
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import tyro
+
+PHASES = ("env", "inference", "bookkeeping", "critic", "hypergradient", "actor")
+
+
+@dataclass
+class Args:
+    commands: tyro.conf.Positional[tuple[str, ...]]
+    """commands to compare, one quoted string each; all rates are put in relation to the last one's"""
+    turns: int = 3
+    """how often each command is run"""
+    steps: int = 102_400
+    """environment steps of each run: --total-timesteps STEPS is appended to every command"""
+    csv: str = ""
+    """file to write the rows to as well (results/speed.csv is what plot.py draws), by each command's
+    --exp-name"""
+
+
+class Measured(NamedTuple):
+    """One run of a command."""
+
+    rate: float  # steps per second in steady state
+    memory: float  # peak RSS, MiB
+    phases: dict[str, float]  # milliseconds of an iteration, where the command says
+
+
+def is_ours(word: str) -> bool:
+    """Whether a word of a command is one of this repository's scripts, which report in progress.csv."""
+    return bool(re.search(r"(blpo|ppo)_\w+\.py$", word)) and (Path(word).parent / "nystrom.py").exists()
+
+
+def printed_points(stream) -> tuple[list[tuple[int, float]], str]:
+    """(step, time) whenever a command prints its rate as CleanRL's scripts do, and the last line that it
+    printed."""
+    step = 0
+    points = []
+    last_line = ""
+    for line in stream:
+        last_line = line.strip()
+        if found := re.search(r"global_step=(\d+)", line):
+            step = int(found[1])
+        if re.fullmatch(r"SPS: (\d+)\n", line):
+            points.append((step, time.perf_counter()))
+    return points, last_line
+
+
+def progress_of(runs_dir: str) -> list[dict[str, float]]:
+    """The rows of the progress.csv of the only run in a folder, none if there is no run."""
+    rows = []
+    for path in Path(runs_dir).glob("*/progress.csv"):
+        with open(path, encoding="utf-8") as file:
+            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    return rows
+
+
+def measure(command: str, steps: int) -> Measured:
+    """Runs a command once. Ends the process with one line where it cannot be run or reports too little."""
+    try:
+        words = [*shlex.split(command), "--total-timesteps", str(steps)]
+    except ValueError as problem:
+        sys.exit(f"error: {command}: {problem}")
+    with tempfile.TemporaryDirectory() as folder:
+        if any(map(is_ours, words)):
+            words += ["--eval-episodes", "0", "--runs-dir", folder]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        try:
+            process = subprocess.Popen(words, env=env, **pipes)
+        except OSError as problem:
+            sys.exit(f"error: {command}: {problem}")
+        points, last_line = printed_points(process.stdout)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            code = os.waitstatus_to_exitcode(status)
+            sys.exit(f"error: {command} ended with status {code}: {last_line}")
+        rows = progress_of(folder)
+    if rows:
+        points = [(row["global_step"], row["wall_seconds"]) for row in rows]
+    if len(points) < 2:
+        sys.exit(f"error: {command} reported {len(points)} times; raise --steps")
+    (first, begin), (last, end) = points[0], points[-1]
+    phases = {}
+    for phase in PHASES:
+        if rows and f"seconds_{phase}" in rows[0]:
+            phases[phase] = 1e3 * statistics.mean(row[f"seconds_{phase}"] for row in rows[1:])
+    return Measured((last - first) / (end - begin), usage.ru_maxrss / 1024, phases)
+
+
+def main(args: Args) -> None:
+    if min(args.turns, args.steps, len(args.commands)) < 1:
+        sys.exit("error: name at least one command, and keep --turns and --steps at 1 or more")
+    turns = [[measure(command, args.steps) for command in args.commands] for _ in range(args.turns)]
+    table = []
+    print(f"| command | SPS | ratio | MiB | {' | '.join(f'{phase}, ms' for phase in PHASES)} |")
+    print("|---" * (4 + len(PHASES)) + "|")
+    for i, command in enumerate(args.commands):
+        rate = statistics.median(turn[i].rate for turn in turns)
+        ratio = statistics.median(turn[i].rate / turn[-1].rate for turn in turns)
+        memory = max(turn[i].memory for turn in turns)
+        spent = [statistics.median(turn[i].phases.get(phase, 0) for turn in turns) for phase in PHASES]
+        named = re.findall(r"--exp-name[ =](\S+)", command) or [command]
+        row = {"name": named[0], "sps": round(rate, 1), "ratio": round(ratio, 4), "mib": round(memory)}
+        row |= {f"{phase}_ms": round(ms, 2) for phase, ms in zip(PHASES, spent)}
+        table.append(row)
+        cells = " | ".join(f"{ms:.0f}" if ms else "" for ms in spent)
+        print(f"| `{command}` | {rate:,.0f} | {ratio:.2f} | {memory:.0f} | {cells} |")
+    if args.csv:
+        with open(args.csv, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, table[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(table)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
