@@ -178,15 +178,16 @@ class Batch(NamedTuple):
     """A rollout of N environments and T steps, or the trajectories of it that make a minibatch."""
 
     obs: torch.Tensor  # (N, T, obs_dim)
-    next_obs: torch.Tensor  # (N, T, obs_dim), the true next one, also where an episode ended
     actions: torch.Tensor  # (N, T)
+    logprobs: torch.Tensor  # (N, T), under the policy that acted
+    old_advantages: torch.Tensor  # (N, T), under the critic as it was when the iteration began
+    returns: torch.Tensor  # (N, T), the lambda-returns of that critic: the regression targets
+    # BLPO: what advantages under another critic take
+    next_obs: torch.Tensor  # (N, T, obs_dim), the true next one, also where an episode ended
     rewards: torch.Tensor  # (N, T)
     terminated: torch.Tensor  # (N, T), 1. where the episode terminated (truncation does not count)
     cut: torch.Tensor  # (N, T), True where next_obs is not the next obs: episode ends and the last step
     gae_matrix: torch.Tensor  # (N, T, T)
-    logprobs: torch.Tensor  # (N, T), under the policy that acted
-    old_advantages: torch.Tensor  # (N, T), under the critic as it was when the iteration began
-    returns: torch.Tensor  # (N, T), the lambda-returns of that critic: the regression targets
 
 
 def gae_matrix(done, gamma: float, gae_lambda: float):
@@ -230,7 +231,7 @@ def make_batch(rollout, actor: Actor, critic: Critic, args: Args) -> tuple[Batch
     returns = advantages + values
     explained_variance = float(1 - (returns - values).var() / returns.var().clamp_min(1e-12))
     logprobs = actor.log_prob(obs, actions)
-    batch = Batch(obs, next_obs, actions, rewards, terminated, cut, matrix, logprobs, advantages, returns)
+    batch = Batch(obs, actions, logprobs, advantages, returns, next_obs, rewards, terminated, cut, matrix)
     return batch, explained_variance
 
 
@@ -427,10 +428,10 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                     if args.ent_coef > 0:
                         loss = loss - args.ent_coef * actor.entropy(mb.obs)
                     h = flat_grad(loss, actor)
-                    lap("actor")
 
                     # BLPO: 2. v = grad_omega f  3. x = (H + rho I)^{-1} v  4. h = grad_theta f + implicit
                     if args.ihvp != "none":
+                        lap("actor")
                         weights = sign = advantages
                         if args.hypergradient != "control":
                             v = leader_gradient(J, mb, ratio, args)
@@ -452,9 +453,9 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                     metrics.add(clip_fraction=((ratio - 1).abs() > args.clip_coef).float().mean())
                     lap("actor")
 
-            state = {"entropy": float(actor.entropy(batch.obs)), "explained_variance": explained_variance}
+            metrics.add(entropy=actor.entropy(batch.obs), explained_variance=explained_variance)
             evaluated = evaluation.during_training(run, iteration, actor, envs, args)
-            run.log_means(envs.steps, envs.statistics() | state, metrics, evaluated)
+            run.log_means(envs.steps, envs.statistics(), metrics, evaluated)
         evaluation.finish(run, actor, critic, envs, args)
     return run.folder
 

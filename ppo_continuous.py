@@ -81,8 +81,8 @@ def check_args(args: Args) -> None:
     rollout = args.num_envs * args.num_steps
     args.require("total_timesteps", args.total_timesteps >= rollout, f"be a rollout at least, {rollout}")
     samples = args.num_envs if args.trajectory_minibatches else rollout
-    divides = samples % args.num_minibatches == 0
-    args.require("num_minibatches", divides, f"divide {samples}, the samples there are")
+    what = "--num-envs" if args.trajectory_minibatches else "num_envs * num_steps ="
+    args.require("num_minibatches", samples % args.num_minibatches == 0, f"divide {what} {samples}")
     args.require("num_steps", rollout * args.num_steps < 2**31, "keep num_envs * num_steps^2 below 2^31")
     enough = not args.norm_adv or rollout >= 2 * args.num_minibatches
     args.require("num_minibatches", enough, "leave two steps to a minibatch, or come with --no-norm-adv")
@@ -344,9 +344,9 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                     metrics.add(clip_fraction=((ratio - 1).abs() > args.clip_coef).float().mean())
                     lap("actor")
 
-            state = {"entropy": float(actor.entropy(batch.obs)), "explained_variance": explained_variance}
+            metrics.add(entropy=actor.entropy(batch.obs), explained_variance=explained_variance)
             evaluated = evaluation.during_training(run, iteration, actor, envs, args)
-            run.log_means(envs.steps, envs.statistics() | state, metrics, evaluated)
+            run.log_means(envs.steps, envs.statistics(), metrics, evaluated)
         evaluation.finish(run, actor, critic, envs, args)
     return run.folder
 

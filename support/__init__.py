@@ -2,10 +2,7 @@
 script."""
 
 import os
-import warnings
 
 # One thread is fastest for networks this small, and lets seeds run side by side. NumPy and PyTorch read this
 # when they are imported, which is why the scripts import this package before them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-warnings.filterwarnings("ignore", message=".*is out of date.*")  # the v4 environments of the published tables

@@ -2,6 +2,7 @@
 
 import gc
 import signal
+import warnings
 
 from support.environments import check_env_id
 from support.evaluation import evaluate_run
@@ -12,6 +13,8 @@ from support.run_folder import check_runs_dir, evaluated, resumed
 def own_process() -> None:
     """What is right for a process that does nothing but train."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # outside of training Ctrl-C just ends, without a traceback
+    # The published tables are about the v4 environments, of which Gymnasium says that they are
+    warnings.filterwarnings("ignore", message=".*is out of date.*")
     gc.freeze()  # what the imports made will never be garbage: the collector need not go through it again
 
 

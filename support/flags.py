@@ -70,6 +70,7 @@ class Flags:
     `unit`, its unit."""
 
     unit = "step"
+    checkpoint_every = 0  # iterations; 0: a twentieth of the run
 
     def require(self, flag: str, ok: bool, must: str) -> None:
         """Ends the process with one line that names the flag and what it must do, unless ok."""

@@ -222,7 +222,7 @@ class Run:
         self.start = time.perf_counter()
         if self.parts and not self.restored:
             self.checkpoint(0)  # from now on a killed run can go on
-        every = getattr(self.args, "checkpoint_every", 0) or math.ceil(self.count / 20)
+        every = self.args.checkpoint_every or math.ceil(self.count / 20)
         for iteration in range(first, self.count):
             self.lap.restart()
             yield iteration

@@ -16,5 +16,7 @@ def float64():
 
 
 def pytest_configure(config):
-    config.addinivalue_line("filterwarnings", "ignore:.*is out of date")  # the v4 environments of the published tables
+    config.addinivalue_line(
+        "filterwarnings", "ignore:.*is out of date"
+    )  # the v4 environments of the published tables
     config.addinivalue_line("filterwarnings", "ignore:.*torch.jit.script")  # raised inside torch itself

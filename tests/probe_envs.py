@@ -1,4 +1,5 @@
-"""Environments with known answers, and broken ones: `--env-id tests.probe_envs:ProbeOneStep-v0` from the repository root."""
+"""Environments with known answers, and broken ones: `--env-id tests.probe_envs:ProbeOneStep-v0` from the
+repository root."""
 
 import time
 
@@ -7,7 +8,8 @@ import numpy as np
 
 
 class Probe(gym.Env):
-    """Observation (step,), reward 1 for each of `steps` steps, then terminated, or truncated by a time limit."""
+    """Observation (step,), reward 1 for each of `steps` steps, then terminated, or truncated by a time
+    limit."""
 
     steps, action_shape = 1, (1,)
 
@@ -50,7 +52,8 @@ class TwoStep(Probe):
 
 
 class Forever(Probe):
-    """Reward 1 for ever in one state; registered with a time limit of 5. V = 1 / (1 - gamma) if truncation bootstraps."""
+    """Reward 1 for ever in one state; registered with a time limit of 5. V = 1 / (1 - gamma) if truncation
+    bootstraps."""
 
     steps = 10**9
 
@@ -59,7 +62,8 @@ class Forever(Probe):
 
 
 class Clock(Probe):
-    """Observes the time, in one array that it reuses; truncated after 4 steps in one environment, 5 in the next, and so on."""
+    """Observes the time, in one array that it reuses; truncated after 4 steps in one environment, 5 in the
+    next, and so on."""
 
     steps, made = 10**9, 0
 
@@ -102,7 +106,8 @@ class Broken(Probe):
 
 
 class BrokenEnd(Probe):
-    """The last observation of the thirtieth episode is NaN, the reset after it is fine again: a simulation that blew up."""
+    """The last observation of the thirtieth episode is NaN, the reset after it is fine again: a simulation
+    that blew up."""
 
     steps, episodes = 7, 0
 
@@ -124,7 +129,9 @@ class Reshapes(Broken):
     """Returns another shape after 200 steps, one that would broadcast."""
 
     def observe(self):
-        return np.zeros((), np.float32) if np.isnan(super().observe()).any() else np.array([self.t], np.float32)
+        return (
+            np.zeros((), np.float32) if np.isnan(super().observe()).any() else np.array([self.t], np.float32)
+        )
 
 
 class Hangs(Broken):
@@ -192,6 +199,24 @@ class Grid(Choice):
         return np.full((4, 4, 3), self.t, np.uint8)
 
 
-for env in (ManyActions, Choice, Grid, OneStep, TwoStep, Probe, Clock, Odd, Broken, BrokenEnd, Raises, Reshapes, Hangs, Lies, Refuses, NoReset, IntegerAction):
+for env in (
+    ManyActions,
+    Choice,
+    Grid,
+    OneStep,
+    TwoStep,
+    Probe,
+    Clock,
+    Odd,
+    Broken,
+    BrokenEnd,
+    Raises,
+    Reshapes,
+    Hangs,
+    Lies,
+    Refuses,
+    NoReset,
+    IntegerAction,
+):
     gym.register(f"Probe{env.__name__}-v0", entry_point=env)
 gym.register("ProbeForever-v0", entry_point=Forever, max_episode_steps=5)

@@ -3,7 +3,8 @@
 #
 #     sudo bash tests/slurm.sh [PYTHON]
 #
-# Needs root and Debian's packages (installed if they can be), else says so and succeeds. Leaves nothing running.
+# Needs root and Debian's packages, which it installs if it can; else it says so and succeeds. Leaves nothing
+# running.
 set -euo pipefail
 skip() { echo "skipped: $*"; exit 0; }
 
@@ -11,7 +12,8 @@ PYTHON=${1:-python}
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 [[ $(id -u) == 0 ]] || skip "a Slurm of one's own needs root"
 if ! command -v slurmctld slurmd sbatch munged > /dev/null; then
-    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurmctld slurmd slurm-client munge; } > /dev/null 2>&1 ||
+    export DEBIAN_FRONTEND=noninteractive
+    { apt-get update -qq && apt-get install -y -qq slurmctld slurmd slurm-client munge; } > /dev/null 2>&1 ||
         skip "slurmctld, slurmd, slurm-client and munge cannot be installed here"
 fi
 
@@ -51,8 +53,8 @@ CONF
 export SLURM_CONF=$work/slurm.conf
 dd if=/dev/urandom of="$work/key" bs=128 count=1 status=none
 chmod 400 "$work/key"
-munged --force --key-file="$work/key" --socket="$work/munge.socket" --pid-file="$work/munged.pid" --log-file="$work/munged.log" \
-    --seed-file="$work/munged.seed" 2> /dev/null
+munged --force --key-file="$work/key" --socket="$work/munge.socket" --pid-file="$work/munged.pid" \
+    --log-file="$work/munged.log" --seed-file="$work/munged.seed" 2> /dev/null
 slurmctld -D > /dev/null 2>&1 &
 slurmd -D -N localhost > /dev/null 2>&1 &
 for ((i = 0; i < 60; i++)); do
@@ -69,7 +71,8 @@ settled() { # waits until the queue is empty
 cd "$work"
 export LAUNCHER=slurm PARTITION=cpu SBATCH="--time=10 --comment=test" RUNS_DIR="$work/runs" JOBS=2
 export PYTHON ENVS="Pendulum-v1 CartPole-v1" METHODS="ppo-matched blpo" SEEDS="1 2" STEPS=12800
-export FLAGS="--num-envs 4 --num-steps 16 --num-minibatches 4 --update-epochs 1 --eval-episodes 1 --checkpoint-every 5"
+export FLAGS="--num-envs 4 --num-steps 16 --num-minibatches 4 --update-epochs 1 --eval-episodes 1"
+FLAGS+=" --checkpoint-every 5"
 submitted=$(bash "$ROOT/benchmark.sh")
 echo "$submitted"
 id=$(sed -E 's/Slurm array ([0-9]+) of 8 jobs.*/\1/' <<< "$submitted")
@@ -80,7 +83,8 @@ before=$(find runs -name evaluation.csv | wc -l)
 bash "$ROOT/benchmark.sh"
 settled
 after=$(find runs -name evaluation.csv | wc -l) folders=$(find runs -name config.json | wc -l)
-echo "finished before and after the cancelled array was submitted again: $before and $after of 8, in $folders folders"
+echo "finished before and after the cancelled array was submitted again:" \
+    "$before and $after of 8, in $folders folders"
 ((before < 8 && after == 8 && folders == 8)) || { tail -n 3 runs/logs/*.log >&2; exit 1; }
 [[ -z $(LAUNCHER=local bash "$ROOT/benchmark.sh" --dry-run) ]]
 echo "Slurm: passed"

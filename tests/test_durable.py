@@ -12,6 +12,7 @@ import string
 import subprocess
 import sys
 import time
+import typing
 import warnings
 
 import gymnasium as gym
@@ -23,11 +24,14 @@ import torch
 
 import blpo_continuous as blpo
 import ppo_continuous as ppo
-import run_folder
+from support import environments, evaluation, run_folder
 from tests.test_scripts import DISCRETE, ROOT, SCRIPTS, TINY, refused, rows, run, start, train
 
 SMALL = [*TINY, "--env-id", "Hopper-v4", "--total-timesteps", 1280, "--checkpoint-every", 3]  # 20 iterations
-SMALL_OF = {script: [*SMALL, *([] if script in SCRIPTS else ["--env-id", "Acrobot-v1", "--norm-obs"])] for script in SCRIPTS + DISCRETE}
+SMALL_OF = {
+    script: [*SMALL, *([] if script in SCRIPTS else ["--env-id", "Acrobot-v1", "--norm-obs"])]
+    for script in SCRIPTS + DISCRETE
+}
 
 
 def contents(folder):
@@ -37,7 +41,9 @@ def contents(folder):
     table = [line.split(",") for line in progress.splitlines()]
     keep = [i for i, name in enumerate(table[0]) if not (name == "sps" or "seconds" in name)]
     model = torch.load(folder / "model.pt", weights_only=True)
-    weights = {f"{net}.{k}": v.tolist() for net in ("actor", "critic", "obs_rms") for k, v in model[net].items()}
+    weights = {
+        f"{net}.{k}": v.tolist() for net in ("actor", "critic", "obs_rms") for k, v in model[net].items()
+    }
     files = [(folder / name).read_text() for name in ("episodes.csv", "evaluation.csv")]
     return [[row[i] for i in keep] for row in table], files, weights
 
@@ -60,13 +66,15 @@ def wait_for(condition, process, seconds=120):
 CONTROL = [
     name
     for name, spec in gym.registry.items()
-    if str(spec.entry_point).startswith(("gymnasium.envs.mujoco", "gymnasium.envs.classic_control")) and name not in ("Pusher-v4", "CartPole-v0")
+    if str(spec.entry_point).startswith(("gymnasium.envs.mujoco", "gymnasium.envs.classic_control"))
+    and name not in ("Pusher-v4", "CartPole-v0")
 ]
 
 
 @pytest.mark.parametrize("env_id", CONTROL)
 def test_an_environment_goes_on_where_it_was(env_id, tmp_path):
-    """In another process it would be another object: saved, loaded and restored, it returns the same bytes, resets included."""
+    """In another process it would be another object: saved, loaded and restored, it returns the same bytes,
+    resets included."""
 
     def play(env, actions):
         seen = []
@@ -82,8 +90,8 @@ def test_an_environment_goes_on_where_it_was(env_id, tmp_path):
     first.action_space.seed(0)
     actions = [first.action_space.sample() for _ in range(500)]
     play(first, actions[:137])
-    torch.save(run_folder.env_state(first), tmp_path / "state")
-    run_folder.restore_env(second, torch.load(tmp_path / "state", weights_only=True))
+    torch.save(environments.env_state(first), tmp_path / "state")
+    environments.restore_env(second, torch.load(tmp_path / "state", weights_only=True))
     assert play(first, actions[137:]) == play(second, actions[137:])
 
 
@@ -93,7 +101,9 @@ class Killed(BaseException):
 
 @pytest.fixture(scope="module", params=SCRIPTS + DISCRETE, ids=lambda script: script.__name__)
 def reference(request, tmp_path_factory):
-    return request.param, contents(train(request.param, tmp_path_factory.mktemp("reference"), *SMALL_OF[request.param]))
+    return request.param, contents(
+        train(request.param, tmp_path_factory.mktemp("reference"), *SMALL_OF[request.param])
+    )
 
 
 def interrupted(script, tmp_path, monkeypatch, iteration, *flags):
@@ -124,19 +134,33 @@ def test_resume_is_byte_identical(reference, iteration, tmp_path, monkeypatch):
     assert contents(folder) == expected
 
 
-@pytest.mark.parametrize("flags", [["--env-id", "Pendulum-v1", "--no-norm-obs"], ["--env-id", "MountainCarContinuous-v0", "--track"]])
+@pytest.mark.parametrize(
+    "flags",
+    [["--env-id", "Pendulum-v1", "--no-norm-obs"], ["--env-id", "MountainCarContinuous-v0", "--track"]],
+)
 def test_resume_of_other_environments_and_with_wandb(flags, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     flags = [*TINY, "--total-timesteps", 896, "--checkpoint-every", 3, "--nystrom-sketch", "gaussian", *flags]
-    read = lambda folder: ((folder / "episodes.csv").read_text(), [row["approx_kl"] for row in rows(folder / "progress.csv")])
+    read = lambda folder: (
+        (folder / "episodes.csv").read_text(),
+        [row["approx_kl"] for row in rows(folder / "progress.csv")],
+    )
     expected = read(train(blpo, tmp_path / "reference", *flags))
     folder = interrupted(blpo, tmp_path / "killed", monkeypatch, 8, *flags)
     assert read(blpo.main(["--resume", str(folder)])) == expected
 
 
 def test_resume_of_an_environment_whose_state_is_unknown(tmp_path, monkeypatch, capsys):
-    flags = [*TINY, "--env-id", "tests.probe_envs:ProbeTwoStep-v0", "--total-timesteps", 640, "--checkpoint-every", 3]
+    flags = [
+        *TINY,
+        "--env-id",
+        "tests.probe_envs:ProbeTwoStep-v0",
+        "--total-timesteps",
+        640,
+        "--checkpoint-every",
+        3,
+    ]
     folder = interrupted(ppo, tmp_path, monkeypatch, 7, *flags)
     ppo.main(["--resume", str(folder)])
     assert capsys.readouterr().err.count("its episodes begin anew") == 1
@@ -149,24 +173,40 @@ KILLS = int(os.environ.get("KILLS", 4))
 
 @pytest.mark.parametrize("script", SCRIPTS[1:] if KILLS < 10 else SCRIPTS)
 def test_kills_at_random_moments(script, tmp_path):
-    """SIGKILL, one in four during start and imports, the others while rows are written; KILLS=50 for the long version."""
-    flags = [*TINY, "--env-id", "Hopper-v4", "--total-timesteps", 320 * max(KILLS, 20), "--checkpoint-every", 2]
+    """SIGKILL, one in four during start and imports, the others while rows are written; KILLS=50 for the long
+    version."""
+    flags = [
+        *TINY,
+        "--env-id",
+        "Hopper-v4",
+        "--total-timesteps",
+        320 * max(KILLS, 20),
+        "--checkpoint-every",
+        2,
+    ]
     expected = contents(train(script, tmp_path / "reference", *flags))
     runs, moments, kills, midway = tmp_path / "runs", random.Random(1), 0, 0
     size = lambda: sum(path.stat().st_size for path in runs.glob("*/progress.csv"))
     while kills < KILLS:
         alive = list(runs.glob("*/checkpoint*.pt"))
-        process, before = start(script, *(["--resume", alive[0].parent] if alive else [*flags, "--runs-dir", runs])), None
+        process, before = (
+            start(script, *(["--resume", alive[0].parent] if alive else [*flags, "--runs-dir", runs])),
+            None,
+        )
         if kills % 4:
             while process.poll() is None and not (before is not None and size() > before):
-                before = size() if before is None or size() < before else before  # resuming cuts the file first
+                before = (
+                    size() if before is None or size() < before else before
+                )  # resuming cuts the file first
                 time.sleep(0.001)
             time.sleep(moments.uniform(0, 0.15))
             midway += process.poll() is None
         else:
             time.sleep(moments.uniform(0, 2))
         process.kill()
-        assert process.wait() == -signal.SIGKILL, process.communicate()  # otherwise the run was too short for so many kills
+        assert process.wait() == -signal.SIGKILL, (
+            process.communicate()
+        )  # otherwise the run was too short for so many kills
         kills += 1
     assert midway >= KILLS // 2
     run(script, "--resume", next(runs.glob("*/checkpoint*.pt")).parent)
@@ -179,13 +219,18 @@ def test_signals_finish_the_iteration(number, status, tmp_path):
     flags = [*TINY, "--env-id", "Hopper-v4", "--total-timesteps", 6_400, "--checkpoint-every", 10_000]
     expected = contents(train(ppo, tmp_path / "reference", *flags))
     process = start(ppo, *flags, "--runs-dir", tmp_path / "runs")
-    wait_for(lambda: any(len(path.read_text().splitlines()) > 8 for path in tmp_path.glob("runs/*/progress.csv")), process)
+    wait_for(
+        lambda: any(len(path.read_text().splitlines()) > 8 for path in tmp_path.glob("runs/*/progress.csv")),
+        process,
+    )
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == status and "Traceback" not in err
     line = err.splitlines()[-1]
     assert line.startswith("stopped at step")
-    again = subprocess.run([sys.executable, *shlex.split(line.split(": python ")[1])], cwd=ROOT, capture_output=True, text=True)
+    again = subprocess.run(
+        [sys.executable, *shlex.split(line.split(": python ")[1])], cwd=ROOT, capture_output=True, text=True
+    )
     assert again.returncode == 0, again.stderr
     assert contents(only(tmp_path / "runs")) == expected
 
@@ -195,7 +240,10 @@ def test_evaluations_leave_training_untouched(reference, tmp_path):
     folder = train(script, tmp_path, *SMALL_OF[script], "--eval-every", 4)
     more, same_episodes, same_weights = contents(folder)
     assert (same_episodes, same_weights) == (episodes, weights)
-    assert [row[: len(table[0])] for row in more] == table and more[0][len(table[0]) :] == ["eval_return", "eval_length"]
+    assert [row[: len(table[0])] for row in more] == table and more[0][len(table[0]) :] == [
+        "eval_return",
+        "eval_length",
+    ]
     evaluated = [row["eval_return"] for row in rows(folder / "progress.csv")]
     assert [i + 1 for i, value in enumerate(evaluated) if math.isfinite(value)] == [4, 8, 12, 16, 20]
     assert evaluated[-1] == rows(folder / "evaluation.csv")[0]["return"]
@@ -206,16 +254,34 @@ def test_going_on_from_an_older_checkpoint_and_killed_again(reference, tmp_path,
     folder = interrupted(script, tmp_path, monkeypatch, 11, *SMALL_OF[script])
     older = folder / "checkpoint.previous.pt"
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(run_folder.Run, "log", lambda self, row, shown: self.close() or (_ for _ in ()).throw(Killed))
+        patch.setattr(
+            run_folder.Run, "log", lambda self, row, shown: self.close() or (_ for _ in ()).throw(Killed)
+        )
         script.main(["--resume", str(older)])
     assert contents(script.main(["--resume", str(folder)])) == expected
 
 
 def test_wrappers_that_remember_begin_anew(tmp_path, monkeypatch, capsys):
-    gym.register("Delayed-v0", "gymnasium.envs.classic_control.pendulum:PendulumEnv", max_episode_steps=30,
-                 additional_wrappers=(gym.wrappers.DelayObservation.wrapper_spec(delay=2),))  # fmt: skip
+    gym.register(
+        "Delayed-v0",
+        "gymnasium.envs.classic_control.pendulum:PendulumEnv",
+        max_episode_steps=30,
+        additional_wrappers=(gym.wrappers.DelayObservation.wrapper_spec(delay=2),),
+    )
     try:
-        folder = interrupted(ppo, tmp_path, monkeypatch, 7, *TINY, "--env-id", "Delayed-v0", "--total-timesteps", 640, "--checkpoint-every", 3)
+        folder = interrupted(
+            ppo,
+            tmp_path,
+            monkeypatch,
+            7,
+            *TINY,
+            "--env-id",
+            "Delayed-v0",
+            "--total-timesteps",
+            640,
+            "--checkpoint-every",
+            3,
+        )
         ppo.main(["--resume", str(folder)])
     finally:
         del gym.registry["Delayed-v0"]
@@ -224,17 +290,32 @@ def test_wrappers_that_remember_begin_anew(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_nobody_listens(number, status, tmp_path):
-    """Standard output and error are a pipe whose reader has gone: training goes on, a signal still writes a checkpoint."""
-    flags = [*TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 10**7, "--checkpoint-every", 10**6, "--runs-dir", tmp_path]
+    """Standard output and error are a pipe whose reader has gone: training goes on, a signal still writes a
+    checkpoint."""
+    flags = [
+        *TINY,
+        "--env-id",
+        "Pendulum-v1",
+        "--total-timesteps",
+        10**7,
+        "--checkpoint-every",
+        10**6,
+        "--runs-dir",
+        tmp_path,
+    ]
     process = start(ppo, *flags, stderr=subprocess.STDOUT)
     process.stdout.close()
-    lines = lambda: max((len(path.read_text().splitlines()) for path in tmp_path.glob("*/progress.csv")), default=0)
+    lines = lambda: max(
+        (len(path.read_text().splitlines()) for path in tmp_path.glob("*/progress.csv")), default=0
+    )
     wait_for(lambda: lines() > 20, process)
     process.send_signal(number)
     assert process.wait(timeout=60) == status
     assert torch.load(only(tmp_path) / "checkpoint.pt", weights_only=True)["iteration"] == lines() - 1
-    full = subprocess.run(["bash", "-c", f"{shlex.join(map(str, [sys.executable, f'{ROOT}/ppo_continuous.py', *SMALL, '--runs-dir', tmp_path / 'full']))} > /dev/full"])
-    assert full.returncode == 0 and (only(tmp_path / "full") / "evaluation.csv").exists()
+    with open("/dev/full", "w") as full:  # or a disk that is full under the log file
+        process = start(ppo, *SMALL, "--runs-dir", tmp_path / "full", stdout=full)
+    assert process.wait(timeout=60) == 0
+    assert (only(tmp_path / "full") / "evaluation.csv").exists()
 
 
 # Evaluate
@@ -251,7 +332,11 @@ def test_evaluate(reference, tmp_path, capsys):
         return capsys.readouterr().out
 
     out = evaluate("--eval-episodes", 1)
-    assert "1 deterministic episodes" in out and f"return {rows(folder / 'evaluation.csv')[0]['return']:.1f} ±" in out and "length" in out
+    assert (
+        "1 deterministic episodes" in out
+        and f"return {rows(folder / 'evaluation.csv')[0]['return']:.1f} ±" in out
+        and "length" in out
+    )
     assert evaluate("--eval-episodes", 5) == evaluate("--eval-episodes", 5)
     noisy = evaluate("--eval-episodes", 5, "--eval-stochastic")
     assert "5 stochastic episodes" in noisy and noisy == evaluate("--eval-episodes", 5, "--eval-stochastic")
@@ -263,7 +348,8 @@ def test_evaluate(reference, tmp_path, capsys):
     assert evaluate("--eval-episodes", 1) == out  # from the last checkpoint
     assert "--hidden-size has no part" in refused(script, capsys, "--evaluate", folder, "--hidden-size", 8)
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
-    saved["actor"]["mean.0.weight"] = saved["actor"].pop("net.0.weight")
+    weights = saved["parts"]["actor"]
+    weights["mean.0.weight"] = weights.pop("net.0.weight")
     torch.save(saved, folder / "checkpoint.pt")
     assert "does not fit" in refused(script, capsys, "--evaluate", folder)
     assert "does not fit" in refused(script, capsys, "--resume", folder)
@@ -276,42 +362,69 @@ def test_video(tmp_path, capsys):
     env = {"MUJOCO_GL": ""} if "MUJOCO_GL" not in os.environ else {}
     environment = {k: v for k, v in (os.environ | env).items() if v}
     out = subprocess.run(
-        [sys.executable, f"{ROOT}/blpo_continuous.py", "--evaluate", folder, "--capture-video", "--eval-episodes", "4"],
-        capture_output=True, text=True, env=environment,
-    )  # fmt: skip
+        [
+            sys.executable,
+            f"{ROOT}/blpo_continuous.py",
+            "--evaluate",
+            folder,
+            "--capture-video",
+            "--eval-episodes",
+            "4",
+        ],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert out.returncode == 0, out.stderr
     videos = sorted((folder / "videos").glob("*.mp4"))
-    assert len(videos) == 3 and all(path.read_bytes()[4:8] == b"ftyp" for path in videos) and str(folder / "videos") in out.stdout
+    assert (
+        len(videos) == 3
+        and all(path.read_bytes()[4:8] == b"ftyp" for path in videos)
+        and str(folder / "videos") in out.stdout
+    )
 
 
 # Bad days
 
 
 def test_disk_full(tmp_path):
-    """A tmpfs too small for the run: it stops in one line, the last checkpoint loads, and with more room it ends as ever."""
+    """A tmpfs too small for the run: it stops in one line, the last checkpoint loads, and with more room it
+    ends as ever."""
+    run = f"{sys.executable} {ROOT}/ppo_continuous.py"
     script = f"""
         mount -t tmpfs -o size=700k none {tmp_path}/disk || exit 77
-        {sys.executable} {ROOT}/ppo_continuous.py {' '.join(map(str, SMALL))} --runs-dir {tmp_path}/disk
+        {run} {' '.join(map(str, SMALL))} --runs-dir {tmp_path}/disk
         echo status $?
         mount -o remount,size=10m {tmp_path}/disk
-        {sys.executable} {ROOT}/ppo_continuous.py --resume {tmp_path}/disk/* && cp -r {tmp_path}/disk {tmp_path}/saved
+        {run} --resume {tmp_path}/disk/* && cp -r {tmp_path}/disk {tmp_path}/saved
     """
     (tmp_path / "disk").mkdir()
     unshare = ["unshare", "-rm", "sh", "-c", script]
-    if not shutil.which("unshare") or (done := subprocess.run(unshare, capture_output=True, text=True)).returncode == 77:
+    if (
+        not shutil.which("unshare")
+        or (done := subprocess.run(unshare, capture_output=True, text=True)).returncode == 77
+    ):
         pytest.skip("no private tmpfs here")
     assert done.returncode == 0 and "status 1" in done.stdout, done.stderr
-    assert "cannot write" in done.stderr and "No space left on device" in done.stderr and "--resume" in done.stderr
+    assert (
+        "cannot write" in done.stderr
+        and "No space left on device" in done.stderr
+        and "--resume" in done.stderr
+    )
     assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert contents(only(tmp_path / "saved")) == contents(train(ppo, tmp_path / "reference", *SMALL))
 
 
 def test_quota(tmp_path):
-    """A limit on the size of files stands for a quota: progress.csv cannot grow, its torn row is measured again."""
-    limited = f"ulimit -f 90; exec {sys.executable} {ROOT}/ppo_continuous.py {' '.join(map(str, TINY))} --env-id Pendulum-v1"
+    """A limit on the size of files stands for a quota: progress.csv cannot grow, its torn row is measured
+    again."""
+    limited = f"ulimit -f 90; exec {sys.executable} {ROOT}/ppo_continuous.py {' '.join(TINY)}"
+    limited += " --env-id Pendulum-v1"
     limited += f" --total-timesteps 200000 --checkpoint-every 50 --hidden-size 4 --runs-dir {tmp_path}"
     done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True)
-    assert done.returncode == 1 and "cannot write" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert done.returncode == 1 and "cannot write" in done.stderr and done.stderr.count("\n") == 1, (
+        done.stderr
+    )
     assert torch.load(only(tmp_path) / "checkpoint.pt", weights_only=True)["iteration"] > 0
 
 
@@ -320,7 +433,13 @@ def test_damaged_checkpoint(reference, tmp_path, monkeypatch, capsys):
     folder = interrupted(script, tmp_path, monkeypatch, 11, *SMALL_OF[script])
     checkpoint = folder / "checkpoint.pt"
     whole = checkpoint.read_bytes()
-    for data in (whole[: len(whole) // 2], whole[:-1], b"", b"\0" * 1000, whole[:5000] + bytes(1000) + whole[6000:]):
+    for data in (
+        whole[: len(whole) // 2],
+        whole[:-1],
+        b"",
+        b"\0" * 1000,
+        whole[:5000] + bytes(1000) + whole[6000:],
+    ):
         checkpoint.write_bytes(data)
         err = refused(script, capsys, "--resume", folder)
         assert "checkpoint.pt is damaged" in err and "checkpoint.previous.pt" in err
@@ -337,8 +456,12 @@ def test_checkpoints_of_others(tmp_path, monkeypatch, capsys):
     assert "use that script" in refused(blpo, capsys, "--resume", folder)
     assert "use that script" in refused(blpo, capsys, "--evaluate", folder)
     assert "--gamma cannot change" in refused(ppo, capsys, "--resume", folder, "--gamma", 0.9)
-    assert "--total-timesteps cannot change" in refused(ppo, capsys, "--resume", folder, "--total-timesteps", 1_000_000)
-    assert "damaged or no checkpoint" in refused(ppo, capsys, "--resume", train(ppo, tmp_path / "c", *SMALL) / "model.pt")
+    assert "--total-timesteps cannot change" in refused(
+        ppo, capsys, "--resume", folder, "--total-timesteps", 1_000_000
+    )
+    assert "damaged or no checkpoint" in refused(
+        ppo, capsys, "--resume", train(ppo, tmp_path / "c", *SMALL) / "model.pt"
+    )
     assert "--resume" in refused(ppo, capsys, "--resume", "x" * 300)
     assert "--evaluate" in refused(ppo, capsys, "--evaluate", "x" * 300)
     assert "no model.pt" in refused(ppo, capsys, "--evaluate", tmp_path)
@@ -346,7 +469,11 @@ def test_checkpoints_of_others(tmp_path, monkeypatch, capsys):
     assert "--evaluate" in refused(ppo, capsys, "--resume", folder, "--evaluate", folder)
     assert "--capture-video" in refused(ppo, capsys, "--capture-video")
     assert "--eval-episodes" in refused(ppo, capsys, "--evaluate", folder, "--eval-episodes", 0)
-    config, checkpoint, pair = folder / "config.json", folder / "checkpoint.pt", [path.read_bytes() for path in folder.glob("checkpoint.pt")]
+    config, checkpoint, pair = (
+        folder / "config.json",
+        folder / "checkpoint.pt",
+        [path.read_bytes() for path in folder.glob("checkpoint.pt")],
+    )
     shutil.copy(other / "checkpoint.pt", checkpoint)
     assert "another run (Walker2d-v4" in refused(ppo, capsys, "--resume", folder)
     checkpoint.write_bytes(pair[0])
@@ -359,10 +486,17 @@ def test_checkpoints_of_others(tmp_path, monkeypatch, capsys):
 
     rewrite(lambda saved: saved["config"]["versions"].update(torch="1.0"))
     ppo.main(["--resume", str(folder)])
-    assert "note: " in (err := capsys.readouterr().err) and "torch 1.0 (now 2.13.0" in err and err.count("\n") == 1
+    assert (
+        "note: " in (err := capsys.readouterr().err)
+        and "torch 1.0 (now 2.13.0" in err
+        and err.count("\n") == 1
+    )
     rewrite(lambda saved: saved["config"]["versions"].update(git_commit="0"))
     ppo.main(["--resume", str(folder)])
     assert "git_commit 0 (now " in capsys.readouterr().err
+    rewrite(lambda saved: saved.update(older=saved.pop("parts")))
+    assert "older version: check out commit 0" in refused(ppo, capsys, "--resume", folder)
+    rewrite(lambda saved: saved.update(parts=saved.pop("older")))
     rewrite(lambda saved: saved["config"]["flags"].update(renamed_flag=1))
     assert "other flags" in refused(ppo, capsys, "--resume", folder)
     config.unlink()
@@ -382,7 +516,7 @@ def test_a_foreign_checkpoint_is_not_executed(tmp_path, capsys):
     for flag in ("--resume", "--evaluate"):
         assert "damaged or no checkpoint" in refused(ppo, capsys, flag, tmp_path / "run")
     assert not (tmp_path / "executed").exists()
-    for path in ROOT.glob("*.py"):
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("support/*.py"), *ROOT.glob("tools/*.py")]:
         text = path.read_text()
         assert text.count("torch.load(") == text.count("weights_only=True)") and "pickle" not in text
 
@@ -392,18 +526,36 @@ def test_run_folder_deleted_meanwhile(tmp_path):
     wait_for(lambda: any(path.stat().st_size > 1000 for path in tmp_path.glob("*/progress.csv")), process)
     shutil.rmtree(only(tmp_path))
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and "cannot write" in err and "No such file" in err and err.count("\n") == 1, err
+    assert (
+        process.returncode == 1 and "cannot write" in err and "No such file" in err and err.count("\n") == 1
+    ), err
 
 
-@pytest.mark.parametrize("name, what", [("Raises", "RuntimeError: the robot fell off the table"), ("Reshapes", "ValueError")])
+@pytest.mark.parametrize(
+    "name, what", [("Raises", "RuntimeError: the robot fell off the table"), ("Reshapes", "ValueError")]
+)
 def test_failing_environment(name, what, tmp_path):
-    flags = [*TINY, "--env-id", f"tests.probe_envs:Probe{name}-v0", "--total-timesteps", 10_000, "--checkpoint-every", 2, "--runs-dir", tmp_path]
+    flags = [
+        *TINY,
+        "--env-id",
+        f"tests.probe_envs:Probe{name}-v0",
+        "--total-timesteps",
+        10_000,
+        "--checkpoint-every",
+        2,
+        "--runs-dir",
+        tmp_path,
+    ]
     out, err = run(blpo, *flags, status=1, env={"PYTHONPATH": str(ROOT)})
     folder = only(tmp_path)
-    assert err.count("\n") == 1 and what in err and f"Probe{name}-v0 failed at step" in err and "--resume" in err, err
+    assert (
+        err.count("\n") == 1 and what in err and f"Probe{name}-v0 failed at step" in err and "--resume" in err
+    ), err
     assert "Traceback" in (folder / "error.txt").read_text()
     step = int(err.split("failed at step ")[1].split(":")[0])
-    assert step - 64 <= rows(folder / "progress.csv")[-1]["global_step"] < step and rows(folder / "episodes.csv")
+    assert step - 64 <= rows(folder / "progress.csv")[-1]["global_step"] < step and rows(
+        folder / "episodes.csv"
+    )
 
 
 def test_environment_that_fails_outside_of_training(tmp_path, monkeypatch, capsys):
@@ -416,11 +568,15 @@ def test_environment_that_fails_outside_of_training(tmp_path, monkeypatch, capsy
         patch.setattr(gym.Wrapper, "close", broken)
         assert (train(ppo, tmp_path / "close", *flags, "--eval-episodes", 0) / "model.pt").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(ppo, "evaluate", broken)
+        patch.setattr(evaluation, "play", broken)
         with pytest.raises(SystemExit) as stop:
             train(ppo, tmp_path / "evaluation", *flags, "--eval-every", 5)
     err = capsys.readouterr().err
-    assert stop.value.code == 1 and err.count("evaluation failed: RuntimeError: out of") == 2 and "failed at step 640: RuntimeError" in err
+    assert (
+        stop.value.code == 1
+        and err.count("evaluation failed: RuntimeError: out of") == 2
+        and "failed at step 640: RuntimeError" in err
+    )
     folder = only(tmp_path / "evaluation")
     assert len(rows(folder / "progress.csv")) == 10 and not (folder / "evaluation.csv").exists()
     ppo.main(["--resume", str(folder)])
@@ -428,16 +584,31 @@ def test_environment_that_fails_outside_of_training(tmp_path, monkeypatch, capsy
 
 
 def test_hanging_environment_can_be_stopped(tmp_path):
-    flags = [*TINY, "--env-id", "tests.probe_envs:ProbeHangs-v0", "--total-timesteps", 10_000, "--checkpoint-every", 2, "--runs-dir", tmp_path]
+    flags = [
+        *TINY,
+        "--env-id",
+        "tests.probe_envs:ProbeHangs-v0",
+        "--total-timesteps",
+        10_000,
+        "--checkpoint-every",
+        2,
+        "--runs-dir",
+        tmp_path,
+    ]
     process = start(ppo, *flags, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    wait_for(lambda: any(len(path.read_text().splitlines()) > 10 for path in tmp_path.glob("*/progress.csv")), process)
+    wait_for(
+        lambda: any(len(path.read_text().splitlines()) > 10 for path in tmp_path.glob("*/progress.csv")),
+        process,
+    )
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=10)
-    assert process.returncode == -signal.SIGINT and "once more to stop at once" in err and "Traceback" not in err
+    assert (
+        process.returncode == -signal.SIGINT and "once more to stop at once" in err and "Traceback" not in err
+    )
     assert torch.load(only(tmp_path) / "checkpoint.pt", weights_only=True)["iteration"] >= 8
 
 
@@ -449,7 +620,10 @@ def test_two_processes_cannot_write_one_run(tmp_path, capsys, monkeypatch):
     process.kill()
     process.wait()
     first, second = (start(ppo, "--resume", folder) for _ in range(2))
-    wait_for(lambda: None not in (first.poll(), second.poll()) or 2 in (first.poll(), second.poll()), first if first.poll() is None else second)
+    wait_for(
+        lambda: None not in (first.poll(), second.poll()) or 2 in (first.poll(), second.poll()),
+        first if first.poll() is None else second,
+    )
     codes = {first.poll(), second.poll()}
     for process in (first, second):
         process.kill()
@@ -463,21 +637,41 @@ def test_two_processes_cannot_write_one_run(tmp_path, capsys, monkeypatch):
 CASES = int(os.environ.get("CASES", 50))
 NUMBERS = [0, 1, -1, 2, 7, 64, 10**6, -(10**9), 2**31, 2**63, 10**30]
 INTEGERS = st.one_of(st.sampled_from(NUMBERS), st.integers(-3, 40)).map(str)
-FLOATS = st.one_of(st.sampled_from("0 1 -1 0.5 1e-30 1e30 1e308 nan inf -inf 1e-3".split()), st.floats(0, 1).map(repr))
-TEXT = st.one_of(st.sampled_from(["", "a b", "../../x", "$(id)", "'", "-x", "\u00e9\u2603", "x" * 200]), st.text(string.printable, max_size=12))
-LENGTHS = ("update_epochs", "nested_critic_steps", "total_timesteps", "cg_iters", "eval_episodes", "num_envs", "num_steps", "hidden_size")
+FLOATS = st.one_of(
+    st.sampled_from("0 1 -1 0.5 1e-30 1e30 1e308 nan inf -inf 1e-3".split()), st.floats(0, 1).map(repr)
+)
+TEXT = st.one_of(
+    st.sampled_from(["", "a b", "../../x", "$(id)", "'", "-x", "\u00e9\u2603", "x" * 200]),
+    st.text(string.printable, max_size=12),
+)
+LENGTHS = (
+    "update_epochs",
+    "nested_critic_steps",
+    "total_timesteps",
+    "cg_iters",
+    "eval_episodes",
+    "num_envs",
+    "num_steps",
+    "hidden_size",
+)
 
 
 def flag_values(script):
     """A strategy for some flags of the script and values of about their types."""
     values = {}
-    for name, field in script.Args.__dataclass_fields__.items():
+    known = {int: INTEGERS, float: FLOATS, bool: st.none(), str: TEXT}
+    for name, kind in typing.get_type_hints(script.Args).items():
         if name in ("cuda", "track", "capture_video", "runs_dir"):
             continue
-        typed = {int: INTEGERS, float: FLOATS, bool: st.none(), str: TEXT}.get(field.type, st.sampled_from(getattr(field.type, "__args__", ("",))))
-        values[name] = st.one_of(typed, typed, typed, INTEGERS, FLOATS, TEXT) if field.type is not bool else typed
-    values["env_id"] = st.one_of(st.sampled_from(["Pendulum-v1", "Hopper-v4", "CartPole-v1", "Pendulum-v1:", ":", "a:b:c"]), TEXT)
-    return st.lists(st.sampled_from(sorted(values)).flatmap(lambda name: st.tuples(st.just(name), values[name])), max_size=5)
+        typed = known[kind] if kind in known else st.sampled_from(kind.__args__)
+        values[name] = st.one_of(typed, typed, typed, INTEGERS, FLOATS, TEXT) if kind is not bool else typed
+    values["env_id"] = st.one_of(
+        st.sampled_from(["Pendulum-v1", "Hopper-v4", "CartPole-v1", "Pendulum-v1:", ":", "a:b:c"]), TEXT
+    )
+    return st.lists(
+        st.sampled_from(sorted(values)).flatmap(lambda name: st.tuples(st.just(name), values[name])),
+        max_size=5,
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS + DISCRETE)
@@ -496,14 +690,32 @@ def test_any_command_line_trains_or_names_the_flag(script, tmp_path, capsys, mon
     original, seen = run_folder.Run.log, {"trained": 0, "refused": 0}
     monkeypatch.setattr(run_folder.Run, "log", log)
 
-    @hypothesis.settings(max_examples=CASES, deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.settings(
+        max_examples=CASES,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
     @hypothesis.given(flag_values(script))
     def case(flags):
         given = dict(flags)
-        huge = {name for name in LENGTHS if name in given and str(given[name]).isdecimal() and int(given[name]) > 64}
+        huge = {
+            name
+            for name in LENGTHS
+            if name in given and str(given[name]).isdecimal() and int(given[name]) > 64
+        }
         if huge - {"total_timesteps", "num_envs"} or given.get("num_envs") in ("4096", "1000"):
             return  # accepted, and long
-        words = [*map(str, TINY), "--total-timesteps", "4096", "--env-id", "Pendulum-v1" if script in SCRIPTS else "CartPole-v1", "--runs-dir", str(tmp_path)]
+        words = [
+            *map(str, TINY),
+            "--total-timesteps",
+            "4096",
+            "--env-id",
+            "Pendulum-v1" if script in SCRIPTS else "CartPole-v1",
+            "--runs-dir",
+            str(tmp_path),
+        ]
         for name, value in flags:
             words += [f"--{name.replace('_', '-')}", *([] if value is None else [str(value)])]
         hypothesis.note(shlex.join(words))
@@ -516,7 +728,12 @@ def test_any_command_line_trains_or_names_the_flag(script, tmp_path, capsys, mon
             seen["trained"] += 1
         except SystemExit as stop:
             err = capsys.readouterr().err
-            assert stop.code in (1, 2) and err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err, err
+            assert (
+                stop.code in (1, 2)
+                and err.startswith("error: ")
+                and err.count("\n") == 1
+                and "Traceback" not in err
+            ), err
             assert "--" in err and (stop.code == 2 or "diverged" in err), err
             seen["refused"] += 1
         capsys.readouterr()

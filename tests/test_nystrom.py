@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from nystrom import SKETCHES, cg_ihvp, hessian_products, krylov_sketch, make_sketch, nystrom_ihvp, nystrom_solve, sketch_matrix
+from nystrom import (
+    SKETCHES,
+    cg_ihvp,
+    hessian_products,
+    krylov_sketch,
+    make_sketch,
+    nystrom_ihvp,
+    nystrom_solve,
+    sketch_matrix,
+)
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -14,8 +23,6 @@ def random_symmetric(p, seed, eigenvalues=None):
     values = torch.randn(p, generator=generator) if eigenvalues is None else torch.as_tensor(eigenvalues)
     H = basis * values @ basis.T
     return (H + H.T) / 2, torch.randn(p, generator=generator)
-
-
 
 
 def products(H):
@@ -133,7 +140,9 @@ def test_zero_v_same_generator_rank_zero(sketch):
 def test_krylov_basis_is_orthonormal_and_stops_when_complete():
     H, v = random_symmetric(60, 11, torch.linspace(0.01, 50, 60))
     omega, Y = krylov_sketch(products(H), v, 30)
-    assert torch.allclose(omega.T @ omega, torch.eye(30), atol=1e-12) and torch.allclose(Y, H @ omega, atol=1e-12)
+    assert torch.allclose(omega.T @ omega, torch.eye(30), atol=1e-12) and torch.allclose(
+        Y, H @ omega, atol=1e-12
+    )
     power = torch.stack([torch.linalg.matrix_power(H, k) @ v for k in range(3)], 1)
     assert torch.allclose(omega[:, :3] @ (omega[:, :3].T @ power), power, rtol=1e-9)
     H, v = random_symmetric(60, 11, [7.0, 2.0, 1.0] + [0.0] * 57)
@@ -142,8 +151,11 @@ def test_krylov_basis_is_orthonormal_and_stops_when_complete():
 
 
 def test_sketches_by_accuracy():
-    """The eigenvalues of a trained critic's Hessian, rho as published: what the products buy. A real critic: test_scripts.py."""
-    H, v = random_symmetric(400, 5, torch.cat([torch.tensor([56.0, 10.7, 4.1, 3.1]), 2.0 / torch.arange(1, 397) ** 1.5]))
+    """The eigenvalues of a trained critic's Hessian, rho as published: what the products buy. A real critic:
+    test_scripts.py."""
+    H, v = random_symmetric(
+        400, 5, torch.cat([torch.tensor([56.0, 10.7, 4.1, 3.1]), 2.0 / torch.arange(1, 397) ** 1.5])
+    )
     v = H @ v
 
     def error(kind, rank):

@@ -1,4 +1,5 @@
-"""The scripts as a user meets them: the command line, the run folder, learning on tasks with known answers."""
+"""The scripts as a user meets them: the command line, the run folder, learning on tasks with known
+answers."""
 
 import csv
 import difflib
@@ -16,24 +17,34 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 
 import blpo_continuous as blpo
 import blpo_discrete
-import plot
 import ppo_continuous as ppo
 import ppo_discrete
-import run_folder
 import sobirl_tabular
 from nystrom import nystrom_ihvp
-from solvers import system
+from support.environments import Environments
+from support.flags import check_ranges, parse_args
+from tools.solvers import Moment, doubled, system
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [ppo, blpo]
 DISCRETE = [ppo_discrete, blpo_discrete]
 NORMALISED = ["--norm-obs", "--norm-reward"]  # the default of the continuous scripts
-TINY = ["--num-envs", "4", "--num-steps", "16", "--num-minibatches", "4", "--update-epochs", "1", "--eval-episodes", "1"]
+TINY = [
+    "--num-envs",
+    "4",
+    "--num-steps",
+    "16",
+    "--num-minibatches",
+    "4",
+    "--update-epochs",
+    "1",
+    "--eval-episodes",
+    "1",
+]
 
 
 def command(script, *flags):
@@ -72,77 +83,43 @@ def load(script, folder):
     return actor, critic, model
 
 
-# Shared blocks and the diff between the scripts
-
-
-SHARED = "make_env RunningMeanStd layer_init mlp numpy_policy Critic gae_matrix stacked_obs split_values gae critic_loss policy_loss flat "
-SHARED += "flatten apply_gradient evaluate summary evaluate_run main"
-BILEVEL = "unflat Jacobian solve_ihvp curvature implicit_weights implicit_loss hypergradient add_bounded check_args"
-
-
-@pytest.mark.parametrize(
-    "first, second, names",
-    [
-        (ppo, blpo, f"{SHARED} make_envs Actor"),
-        (ppo_discrete, blpo_discrete, f"{SHARED} Actor"),
-        (ppo, ppo_discrete, f"{SHARED} check_args clipped_critic_loss"),
-        (blpo, blpo_discrete, f"{SHARED} {BILEVEL}"),
-    ],
-)
-def test_shared_blocks_are_identical(first, second, names):
-    for name in names.split():
-        assert inspect.getsource(getattr(first, name)) == inspect.getsource(getattr(second, name)), name
-    text = [inspect.getsource(script.train) for script in (first, second)]
-    blocks = [("    rewards, terminated", "    generators ="), ("    def state(", "matrix = gae_matrix")]
-    for begin, end in (*blocks, ("        if args.eval_every", "    return run.folder")):
-        parts = [source[source.index(begin) : source.index(end)] for source in text]
-        assert parts[0] == parts[1] and len(parts[0]) > 100
-    if "continuous" in first.__name__ and "discrete" in second.__name__:  # the update, too
-        parts = [source[source.index("        # Update") :] for source in text]
-        assert parts[0] == parts[1] and len(parts[0]) > 4000
-
-
-@pytest.mark.parametrize("scripts", [SCRIPTS, DISCRETE])
-def test_what_only_blpo_has_is_marked(scripts):
-    """Every block that the BLPO script adds, rather than words differently, carries a `# BLPO:`."""
-    texts = [Path(script.__file__).read_text().split('"""', 2)[2].splitlines() for script in scripts]
-    for kind, _, _, first, last in difflib.SequenceMatcher(None, *texts, autojunk=False).get_opcodes():
-        block = [line for line in texts[1][first:last] if line.strip()]
-        if kind == "insert" and block:
-            assert any("# BLPO:" in line for line in [*block, texts[1][first - 1]]), block
-    assert "BLPO:" not in "".join(texts[0])
+# The command line
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, *DISCRETE, sobirl_tabular])
 def test_every_flag_is_read_and_documented(script, capsys):
-    source = Path(script.__file__).read_text() + Path(run_folder.__file__).read_text()
+    files = [Path(script.__file__), *sorted((ROOT / "support").glob("*.py"))]
+    source = "".join(path.read_text() for path in files)
     for name in script.Args.__dataclass_fields__:
-        assert re.search(rf"args\.{name}\b", source), name
-        assert re.search(rf'    {name}: .*\n    """\S.+"""\n', source), name
+        assert re.search(rf"(args|self)\.{name}\b", source), name
+        assert re.search(rf'    {name}: [^"]*("[^"]*"[^"]*)*\n    """\S.+', source), name
     with pytest.raises(SystemExit) as stop:
         script.main(["--help"])
-    assert not stop.value.code and "seed of the" in capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert not stop.value.code and "seed of the" in out
+    for name in script.Args.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in out, name
 
 
 def test_commands_in_the_readme_are_accepted(monkeypatch):
     monkeypatch.chdir(ROOT)
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ").replace("$env", "Hopper-v4").replace("$seed", "1").replace("$method", "exact")
-    commands = re.findall(r"python ((?:ppo|blpo)_(?:continuous|discrete)|sobirl_tabular)\.py([^`\n#\";]*)", text)
+    text = (
+        (ROOT / "README.md")
+        .read_text()
+        .replace("\\\n", " ")
+        .replace("$env", "Hopper-v4")
+        .replace("$seed", "1")
+        .replace("$method", "exact")
+    )
+    commands = re.findall(
+        r"python ((?:ppo|blpo)_(?:continuous|discrete)|sobirl_tabular)\.py([^`\n#\";]*)", text
+    )
     assert len(commands) >= 6
     for name, flags in commands:
         script = {script.__name__: script for script in [*SCRIPTS, *DISCRETE, sobirl_tabular]}[name]
-        script.check_args(script.parse_args(script.Args, "", shlex.split(flags)))
-
-
-def test_returns_in_the_readme_are_those_of_the_published_runs():
-    summary, tables = plot.read(ROOT / "results" / "summary.csv"), (ROOT / "results" / "tables.md").read_text()
-    assert plot.overview(summary) in tables and plot.table(summary) in tables
-    section = (ROOT / "README.md").read_text().split("## Results")[1].split("How strong")[0]
-    shown = [line for line in section.splitlines() if line.startswith("|")]
-    assert len(shown) > 10 and not set(shown) - set(tables.splitlines())
-    for row in summary:
-        run = plot.read(ROOT / "results" / f"{row['env_id']}__{row['exp_name']}__{row['seed']}.csv")
-        assert float(run[-1]["return_100"]) == pytest.approx(float(row["return_100"]), rel=1e-3)
+        args = parse_args(script.Args, "", shlex.split(flags))
+        check_ranges(args)
+        script.check_args(args)
 
 
 # The run folder
@@ -150,14 +127,34 @@ def test_returns_in_the_readme_are_those_of_the_published_runs():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_run_folder(script, tmp_path):
-    out, err = run(script, *TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 2000, "--runs-dir", tmp_path, "--seed", 3)
+    out, err = run(
+        script,
+        *TINY,
+        "--env-id",
+        "Pendulum-v1",
+        "--total-timesteps",
+        2000,
+        "--runs-dir",
+        tmp_path,
+        "--seed",
+        3,
+    )
     assert err == ""
     (folder,) = tmp_path.iterdir()
     assert folder.name.startswith(f"Pendulum-v1__{script.__name__}__3__")
-    assert str(folder) in out and "evaluation, 1 deterministic episodes: return -" in out and "SPS" in out and "ms per iteration" in out
+    assert (
+        str(folder) in out
+        and "evaluation, 1 deterministic episodes: return -" in out
+        and "SPS" in out
+        and "ms per iteration" in out
+    )
     config = json.loads((folder / "config.json").read_text())
     assert config["flags"]["seed"] == 3 and config["flags"]["num_steps"] == 16
-    assert config["versions"]["torch"] == torch.__version__ and set(config["versions"]) >= {"python", "gymnasium", "numpy"}
+    assert config["versions"]["torch"] == torch.__version__ and set(config["versions"]) >= {
+        "python",
+        "gymnasium",
+        "numpy",
+    }
     progress, episodes = rows(folder / "progress.csv"), rows(folder / "episodes.csv")
     assert [row["global_step"] for row in progress] == [64 * (i + 1) for i in range(2000 // 64)]
     assert len(episodes) == 4 * (496 // 200) == progress[-1]["episodes"]
@@ -189,7 +186,14 @@ def test_run_folder_discrete(script, tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS + DISCRETE)
 def test_same_seed_same_bytes_other_seed_other_bytes(script, tmp_path):
     def progress(seed, name):
-        flags = ("--env-id", "Hopper-v4" if script in SCRIPTS else "CartPole-v1", "--total-timesteps", 1024, "--seed", seed)
+        flags = (
+            "--env-id",
+            "Hopper-v4" if script in SCRIPTS else "CartPole-v1",
+            "--total-timesteps",
+            1024,
+            "--seed",
+            seed,
+        )
         table = rows(train(script, tmp_path / name, *TINY, *flags) / "progress.csv")
         return [{k: v for k, v in row.items() if "seconds" not in k and k != "sps"} for row in table]
 
@@ -213,9 +217,14 @@ def test_nesting_only_is_the_hypergradient_times_zero(tmp_path):
 
 
 def test_a_killed_run_keeps_what_it_measured(tmp_path):
-    process = start(blpo, *TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 10**7, "--runs-dir", tmp_path)
+    process = start(
+        blpo, *TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 10**7, "--runs-dir", tmp_path
+    )
     deadline = time.time() + 120
-    while not (progress := list(tmp_path.glob("*/progress.csv"))) or len(progress[0].read_text().splitlines()) < 30:
+    while (
+        not (progress := list(tmp_path.glob("*/progress.csv")))
+        or len(progress[0].read_text().splitlines()) < 30
+    ):
         assert time.time() < deadline and process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
@@ -227,7 +236,10 @@ def test_a_killed_run_keeps_what_it_measured(tmp_path):
 
 
 def test_two_runs_in_the_same_second_get_two_folders(tmp_path):
-    runs = [start(ppo, *TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 128, "--runs-dir", tmp_path) for _ in range(3)]
+    runs = [
+        start(ppo, *TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 128, "--runs-dir", tmp_path)
+        for _ in range(3)
+    ]
     assert [process.wait(timeout=120) for process in runs] == [0, 0, 0]
     assert len(list(tmp_path.glob("*/model.pt"))) == 3
 
@@ -243,9 +255,9 @@ def test_wandb_offline_and_out_of_reach(tmp_path):
     (broken / "wandb.py").write_text("def init(**_):\n    raise ConnectionError('no network')\n")
     _, err = run(blpo, *flags, "--runs-dir", tmp_path / "b", env={"PYTHONPATH": str(broken)})
     assert "wandb is off: no network" in err
-    (broken / "wandb.py").write_text(
-        "class R:\n    def log(self, row, step): raise ConnectionError('lost')\n    def finish(self): pass\ndef init(**_): return R()\n"
-    )
+    lost = "class R:\n    def log(self, row, step): raise ConnectionError('lost')\n"
+    lost += "    def finish(self): pass\ndef init(**_): return R()\n"
+    (broken / "wandb.py").write_text(lost)
     _, err = run(ppo, *flags, "--runs-dir", tmp_path / "c", env={"PYTHONPATH": str(broken)})
     assert err.count("wandb is off: lost") == 1
     (broken / "wandb.py").write_text("raise AssertionError('imported without --track')\n")
@@ -253,100 +265,72 @@ def test_wandb_offline_and_out_of_reach(tmp_path):
 
 
 def test_run_names_stay_in_the_runs_folder(tmp_path):
-    folder = train(blpo, tmp_path, *TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 64, "--exp-name", "../../$(a b)")
+    folder = train(
+        blpo,
+        tmp_path,
+        *TINY,
+        "--env-id",
+        "Pendulum-v1",
+        "--total-timesteps",
+        64,
+        "--exp-name",
+        "../../$(a b)",
+    )
     assert folder.parent == tmp_path and folder.is_dir()
-
-
-def test_plot_from_runs_to_table_and_figure(tmp_path):
-    for script, seed, steps in ((ppo, 1, 1000), (blpo, 1, 900), (blpo, 2, 900)):
-        train(script, tmp_path / "runs", *TINY, "--env-id", "Pendulum-v1", "--total-timesteps", steps, "--seed", seed)
-    (tmp_path / "runs" / "killed").mkdir()
-    (tmp_path / "runs" / "killed" / "config.json").write_text("{}")
-    figures = tmp_path / "figures"
-    command = [sys.executable, f"{ROOT}/plot.py", "--results-dir", tmp_path / "results", "--figures-dir", figures]
-    empty = subprocess.run(command, capture_output=True, text=True)
-    assert empty.returncode == 1 and "--runs-dir" in empty.stderr and empty.stderr.count("\n") == 1
-    first = subprocess.run([*command, "--runs-dir", tmp_path / "runs"], capture_output=True, text=True, check=True)
-    assert "left out: killed" in first.stdout and "fewer seeds than others: Pendulum-v1 ppo_continuous (1)" in first.stdout
-    assert "| Pendulum-v1 | blpo_continuous | 2 |" in first.stdout and "| Pendulum-v1 | ppo_continuous | 1 |" in first.stdout
-    again = subprocess.run(command, capture_output=True, text=True, check=True)  # from results/ alone
-    assert again.stdout == first.stdout.split("\n", 1)[1] == (tmp_path / "results" / "tables.md").read_text()
-    names = {"curves", "time", "implicit_cosine", "implicit_norm_ratio", "ihvp_correction"}
-    assert {path.name for path in figures.iterdir()} == {f"{name}.{suffix}" for name in names for suffix in ("png", "pdf")}
-    assert all(path.stat().st_size > 8_000 for path in figures.iterdir())
-    next((tmp_path / "runs").glob("*blpo*__2__*")).rename(tmp_path / "runs" / "again")
-    config = (tmp_path / "runs" / "again" / "config.json").read_text()
-    (tmp_path / "runs" / "again" / "config.json").write_text(config.replace('"gamma": 0.99', '"gamma": 0.9'))
-    progress = (tmp_path / "runs" / "again" / "progress.csv").read_text().splitlines(keepends=True)
-    (tmp_path / "runs" / "again" / "progress.csv").write_text("".join(progress[:5]))  # seen below if it were exported
-    mixed = subprocess.run([*command, "--runs-dir", tmp_path / "runs"], capture_output=True, text=True)
-    assert mixed.returncode == 1 and "other flags" in mixed.stderr and "--gamma 0.9, not 0.99" in mixed.stderr and mixed.stderr.count("\n") == 1
-    curve = rows(tmp_path / "results" / "Pendulum-v1__blpo_continuous__2.csv")
-    assert curve[-1]["global_step"] == 896 and curve[-1]["return_100"] < 0 and curve[-1]["wall_seconds"] > 0
-
-
-def results_of(returns):
-    """A summary with the given final returns by method, of one environment."""
-    row = lambda method, seed, final: dict(env_id="E", exp_name=method, seed=seed, return_100=final, eval_return=final)
-    return [row(method, i, x) for method, finals in returns.items() for i, x in enumerate(finals)]
-
-
-def test_table_says_how_far_blpo_is_ahead():
-    text = plot.table(results_of({"blpo": (10.0, 12.0, 14.0), "nested": (1.0, 3.0, 13.0), "control": (5.0,), "ppo-matched": (7.0, 7.0)}))
-    # Welch by hand: 12 - 17 / 3, variances 4 and 124 / 3 over 3 seeds each
-    a, b, lead = 4 / 3, 124 / 9, 12 - 17 / 3
-    half = scipy.stats.t.ppf(0.975, (a + b) ** 2 / (a**2 / 2 + b**2 / 2)) * math.sqrt(a + b)
-    spread = scipy.stats.t.ppf(0.975, 2) * math.sqrt(b)
-    # of nine pairs BLPO wins seven: 10 and 12 lose against 13
-    assert f"| E | nesting only | 3 | 5.7 ± {spread:.1f} | {lead - half:.1f} to {lead + half:.1f} | 0.78 | 1.0, 3.0, 13.0 | 5.7 |" in text
-    assert "| E | control: plain advantage | 1 | 5.0 |  |  | 5.0 | 5.0 |" in text and "| E | PPO, matched | 2 | 7.0 ± 0.0 |" in text
-
-
-def test_overview_has_a_line_per_environment():
-    summary = results_of({"blpo": (10.0, 12.0), "nested": (1.0, 3.0), "ppo-matched": (7.0, 8.0)})
-    summary += [row | {"env_id": "other"} for row in results_of({"nested": (1.0,)})]  # without BLPO: not compared
-    head, _, line = plot.overview(summary).splitlines()
-    assert head == "| environment | PPO, matched | nesting only | BLPO | BLPO minus PPO, matched | P(BLPO > PPO) |"
-    assert re.fullmatch(r"\| E \| 7.5 ± 6.4 \| 2.0 ± 12.7 \| 11.0 ± 12.7 \| -\d.\d to \d+.\d \| 1.00 \|", line), line
-    assert plot.overview(results_of({"nested": (1.0, 2.0)})) == ""
-
-
-def test_aggregates_by_hand():
-    summary = results_of({"blpo": (20.0, 30.0, 40.0, 1000.0), "nested": (10.0, 10.0), "ppo-matched": (20.0, 20.0)})
-    result = plot.aggregate(summary, {"E": 10.0})
-    assert list(result) == ["blpo", "nested", "ppo-matched"]
-    value, low, high = result["blpo"]["iqm"]  # (x - 10) / 10 = 1, 2, 3, 99, of which the middle half is 2 and 3
-    assert value == pytest.approx(2.5) and 1 <= low < 2.5 < high <= 99 and "chance" not in result["blpo"]
-    assert result["nested"]["blpo"] == result["blpo"]["iqm"] and "blpo" not in result["blpo"]
-    assert result["nested"]["iqm"] == pytest.approx((0, 0, 0)) and result["nested"]["chance"] == pytest.approx((1, 1, 1))
-    assert result["ppo-matched"]["chance"][0] == pytest.approx((0.5 + 3) / 4)
-    assert plot.aggregate(results_of({"nested": (10.0, 10.0)}), {"E": 10.0}) == {}
-    other = [row | {"env_id": "F"} for row in results_of({"blpo": (20.0, 30.0), "ppo-matched": (20.0, 20.0)})]
-    assert list(plot.aggregate(summary + other, {"E": 10.0, "F": 10.0})) == ["blpo", "ppo-matched"]  # nested: in one of two environments
 
 
 def test_speed_side_by_side(tmp_path):
     other = tmp_path / "other.py"  # reports as CleanRL does, 1,000 steps every 0.2 s
     other.write_text(
-        "import time\nfor i in range(1, 6):\n    time.sleep(0.2)\n    print(f'global_step={1000 * i}, episodic_return=[1.]')\n    print('SPS:', 1)\n"
+        "import time\nfor i in range(1, 6):\n    time.sleep(0.2)\n"
+        "    print(f'global_step={1000 * i}, episodic_return=[1.]')\n    print('SPS:', 1)\n"
     )
-    ours = f"{sys.executable} {ROOT}/ppo_continuous.py --env-id Pendulum-v1 --num-steps 64 --num-minibatches 2"
-    speed = [sys.executable, ROOT / "speed.py", ours, f"{sys.executable} {other}", "--steps", "640", "--turns", "2", "--csv", tmp_path / "speed.csv"]
+    ours = (
+        f"{sys.executable} {ROOT}/ppo_continuous.py --env-id Pendulum-v1 --num-steps 64 --num-minibatches 2"
+    )
+    speed = [
+        sys.executable,
+        ROOT / "tools" / "speed.py",
+        ours,
+        f"{sys.executable} {other}",
+        "--steps",
+        "640",
+        "--turns",
+        "2",
+        "--csv",
+        tmp_path / "speed.csv",
+    ]
     out = subprocess.run(speed, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.splitlines()
     table = list(csv.DictReader(open(tmp_path / "speed.csv")))
-    assert [row["name"] for row in table] == [ours, f"{sys.executable} {other}"] and float(table[0]["env_ms"]) > 0
-    plot.plt.switch_backend("Agg")
-    plot.save(plot.draw_runtime(table), tmp_path, "runtime")
-    assert (tmp_path / "runtime.png").stat().st_size > 5_000
-    assert len(out) == 4 and out[2].startswith(f"| `{ours}` |") and out[3].startswith(f"| `{sys.executable} {other}` |")
-    mine, theirs = ([float(cell.replace(",", "")) for cell in line.split("|")[2:-1] if cell.strip()] for line in out[2:])
+    assert [row["name"] for row in table] == [ours, f"{sys.executable} {other}"] and float(
+        table[0]["env_ms"]
+    ) > 0
+    assert (
+        len(out) == 4
+        and out[2].startswith(f"| `{ours}` |")
+        and out[3].startswith(f"| `{sys.executable} {other}` |")
+    )
+    mine, theirs = (
+        [float(cell.replace(",", "")) for cell in line.split("|")[2:-1] if cell.strip()] for line in out[2:]
+    )
     assert 100 < mine[2] < 2_000 and 5 < theirs[2] < 100  # MiB
     assert 0 < theirs[0] <= 5_000 and theirs[1] == 1 and len(theirs) == 3
-    assert mine[1] == pytest.approx(mine[0] / theirs[0], rel=0.5) and len(mine) == 3 + 5  # a PPO has no hypergradient
-    once = f"{sys.executable} {ROOT}/ppo_continuous.py --env-id Pendulum-v1 --num-steps 640 --num-minibatches 2"
-    for bad, word in ((f"{sys.executable} -c 1/0", "ZeroDivisionError"), ("nosuchcommand", "nosuch"), ("a 'b", "quot"), (once, "--steps")):
+    assert (
+        mine[1] == pytest.approx(mine[0] / theirs[0], rel=0.5) and len(mine) == 3 + 5
+    )  # a PPO has no hypergradient
+    once = (
+        f"{sys.executable} {ROOT}/ppo_continuous.py --env-id Pendulum-v1 --num-steps 640 --num-minibatches 2"
+    )
+    for bad, word in (
+        (f"{sys.executable} -c 1/0", "ZeroDivisionError"),
+        ("nosuchcommand", "nosuch"),
+        ("a 'b", "quot"),
+        (once, "--steps"),
+    ):
         failed = subprocess.run([*speed[:2], bad, "--steps", "640"], capture_output=True, text=True)
-        assert failed.returncode == 1 and word in failed.stderr and failed.stderr.count("\n") == 1, failed.stderr
+        assert failed.returncode == 1 and word in failed.stderr and failed.stderr.count("\n") == 1, (
+            failed.stderr
+        )
 
 
 # Every flag value
@@ -355,9 +339,16 @@ def test_speed_side_by_side(tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        *(["--ihvp", ihvp, "--hypergradient", mode] for ihvp in ("nystrom", "cg", "pcg", "none") for mode in ("exact", "released")),
+        *(
+            ["--ihvp", ihvp, "--hypergradient", mode]
+            for ihvp in ("nystrom", "cg", "pcg", "none")
+            for mode in ("exact", "released")
+        ),
         ["--hypergradient", "control"],
-        *(["--nystrom-sketch", sketch, "--nystrom-rank", "3"] for sketch in ("krylov", "v-gaussian", "gaussian", "columns")),
+        *(
+            ["--nystrom-sketch", sketch, "--nystrom-rank", "3"]
+            for sketch in ("krylov", "v-gaussian", "gaussian", "columns")
+        ),
         ["--nystrom-rank", "0"],
         *(["--hessian", "full", "--ihvp", ihvp] for ihvp in ("nystrom", "cg")),
         ["--nystrom-rho", "0.5", "--cg-iters", "3", "--ihvp", "cg"],
@@ -370,7 +361,9 @@ def test_blpo_flags(flags, tmp_path):
     assert len(table) == 3 and all(row["skipped_updates"] == 0 for row in table)
     assert all(math.isfinite(row["policy_loss"]) and math.isfinite(row["approx_kl"]) for row in table)
     if "none" not in flags:
-        assert all(row["implicit_dropped"] == 0 and -1.001 <= row["implicit_cosine"] <= 1.001 for row in table)
+        assert all(
+            row["implicit_dropped"] == 0 and -1.001 <= row["implicit_cosine"] <= 1.001 for row in table
+        )
     assert all(row["critic_loss_nested"] < row["critic_loss"] for row in table)
 
 
@@ -379,7 +372,18 @@ def test_blpo_flags(flags, tmp_path):
     [
         ["--no-norm-obs", "--no-norm-reward", "--no-norm-adv", "--no-anneal-lr"],
         ["--gamma", "0", "--gae-lambda", "1", "--ent-coef", "0.01", "--eval-episodes", "0"],
-        ["--clip-coef", "0.1", "--max-grad-norm", "1", "--actor-lr", "1e-4", "--critic-lr", "1e-2", "--hidden-size", "32"],
+        [
+            "--clip-coef",
+            "0.1",
+            "--max-grad-norm",
+            "1",
+            "--actor-lr",
+            "1e-4",
+            "--critic-lr",
+            "1e-2",
+            "--hidden-size",
+            "32",
+        ],
     ],
 )
 @pytest.mark.parametrize("script", SCRIPTS + DISCRETE)
@@ -392,17 +396,35 @@ def test_common_flags(script, flags, tmp_path):
     assert ("obs_rms" in torch.load(folder / "model.pt", weights_only=True)) == ("--no-norm-obs" not in flags)
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
+def test_every_ppo_flag_changes_the_update(tmp_path):
+    """tests/test_update.py says how; here every flag of PPO's own makes other weights from the same
+    rollout."""
+
+    def weights(*flags):
+        quick = [
+            "--update-epochs",
+            8,
+            "--critic-lr",
+            0.03,
+            "--no-norm-reward",
+        ]  # so that values leave the clip range
+        flags = [*TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 192, *quick, *flags]
+        folder = train(ppo, tmp_path, *flags)
+        assert all(row["skipped_updates"] == 0 for row in rows(folder / "progress.csv"))
+        model = torch.load(folder / "model.pt", weights_only=True)
+        return torch.cat([model[net][name].flatten() for net in ("actor", "critic") for name in model[net]])
+
+    variants = [
         [],
         ["--trajectory-minibatches"],
-        ["--no-clip-vloss", "--vf-coef", "2", "--no-joint-grad-clip"],
-    ],
-)
-def test_ppo_flags(flags, tmp_path):
-    folder = train(ppo, tmp_path, *TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 192, *flags)
-    assert all(row["skipped_updates"] == 0 for row in rows(folder / "progress.csv"))
+        ["--no-clip-vloss"],
+        ["--vf-coef", "2"],
+        ["--no-joint-grad-clip"],
+    ]
+    found = [weights(*flags) for flags in variants]
+    for i, one in enumerate(found):
+        assert all(not torch.equal(one, other) for other in found[:i]), variants[i]
+    assert torch.equal(found[0], weights())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
@@ -418,17 +440,47 @@ def test_cuda(script, tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("env_id", ["tests.probe_envs:ProbeOdd-v0", "InvertedPendulum-v4", "Pusher-v5"])
-def test_other_spaces(script, env_id, tmp_path):
-    """Dictionary observations with a two-dimensional action, and other MuJoCo tasks."""
-    train(script, tmp_path, *TINY, "--env-id", env_id, "--total-timesteps", 128)
+@pytest.mark.parametrize(
+    "env_id, obs_dim, action_size",
+    [("tests.probe_envs:ProbeOdd-v0", 7, 4), ("InvertedPendulum-v4", 4, 1), ("Pusher-v5", 23, 7)],
+)
+def test_other_spaces(script, env_id, obs_dim, action_size, tmp_path):
+    """Dictionary observations with a two-dimensional action, and other MuJoCo tasks: networks of the right
+    size that have been trained, and actions that the environment takes (ProbeOdd refuses others)."""
+    flags = ["--env-id", env_id, "--total-timesteps", 256]
+    folder = train(script, tmp_path, *TINY, *flags)
+    actor, critic, model = load(script, folder)
+    assert actor.net[0].in_features == critic.value[0].in_features == obs_dim
+    assert actor.net[-1].out_features == len(actor.log_std) == action_size
+    torch.manual_seed(1)
+    untrained = script.Actor(obs_dim, action_size)
+    assert (actor.log_std != untrained.log_std).any() and not torch.equal(
+        actor.net[0].weight, untrained.net[0].weight
+    )
+    assert len(model["obs_rms"]["mean"]) == obs_dim and (model["obs_rms"]["var"] != 1).any()
+    episodes = rows(folder / "episodes.csv")
+    if "Odd" in env_id:
+        assert {(row["return"], row["length"]) for row in episodes} == {(3, 3)}
 
 
 @pytest.mark.parametrize("script", DISCRETE)
-@pytest.mark.parametrize("env_id", ["tests.probe_envs:ProbeGrid-v0", "FrozenLake-v1", "MountainCar-v0"])
-def test_other_discrete_spaces(script, env_id, tmp_path):
+@pytest.mark.parametrize(
+    "env_id, obs_dim, action_size",
+    [("tests.probe_envs:ProbeGrid-v0", 48, 3), ("FrozenLake-v1", 16, 4), ("MountainCar-v0", 2, 3)],
+)
+def test_other_discrete_spaces(script, env_id, obs_dim, action_size, tmp_path):
     """A picture with actions that begin at 3, one-hot observations, no reward at all."""
-    train(script, tmp_path, *TINY, "--env-id", env_id, "--total-timesteps", 128)
+    folder = train(script, tmp_path, *TINY, "--env-id", env_id, "--total-timesteps", 1024)
+    actor, critic, _ = load(script, folder)
+    assert actor.net[0].in_features == critic.value[0].in_features == obs_dim
+    assert actor.net[-1].out_features == action_size
+    episodes = rows(folder / "episodes.csv")
+    if "Mountain" in env_id:
+        assert all(row["return"] == -200 for row in episodes) and len(episodes) == 4
+    else:
+        assert {row["return"] for row in episodes} == {0, 1} or "Frozen" in env_id
+        assert all(row["length"] == 2 for row in episodes) or "Frozen" in env_id
+        assert len(episodes) > 20
 
 
 # Bad input
@@ -447,7 +499,7 @@ BAD = [
     (["--env-id", "Waker2d-v4"], "--env-id", "Walker2d-v4"),
     (["--env-id", "nomodule:Walker2d-v4"], "--env-id", "nomodule"),
     (["--env-id", ""], "--env-id", ""),
-    (["--env-id", "CartPole-v1"], "--env-id", "blpo_discrete.py"),
+    (["--env-id", "CartPole-v1"], "--env-id", "_discrete.py"),
     (["--env-id", "Pusher-v4"], "--env-id", "Pusher-v5"),
     (["--env-id", "tests.probe_envs:ProbeRefuses-v0"], "--env-id", "no licence for this simulator"),
     (["--total-timesteps", "100"], "--total-timesteps", "2048"),
@@ -503,12 +555,15 @@ BAD_PPO = [
 ]
 
 
-@pytest.mark.parametrize("script, flags, flag, fix", [
-    *((script, *case) for script in SCRIPTS for case in BAD),
-    *((blpo, *case) for case in BAD_BLPO),
-    *((ppo, *case) for case in BAD_PPO),
-    *((script, *case) for script in DISCRETE for case in BAD_DISCRETE),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "script, flags, flag, fix",
+    [
+        *((script, *case) for script in SCRIPTS for case in BAD),
+        *((blpo, *case) for case in BAD_BLPO),
+        *((ppo, *case) for case in BAD_PPO),
+        *((script, *case) for script in DISCRETE for case in BAD_DISCRETE),
+    ],
+)
 def test_bad_input_is_one_line(script, flags, flag, fix, capsys, tmp_path):
     err = refused(script, capsys, "--runs-dir", tmp_path, *flags)
     assert flag in err and fix in err, err
@@ -520,12 +575,24 @@ def test_bad_input_through_the_command_line(tmp_path):
     assert out == "" and err.startswith("error: --env-id Waker2d-v4") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("script, name", [(ppo, "ProbeBroken-v0"), (blpo, "ProbeBroken-v0"), (blpo, "ProbeBrokenEnd-v0")])
+@pytest.mark.parametrize(
+    "script, name", [(ppo, "ProbeBroken-v0"), (blpo, "ProbeBroken-v0"), (blpo, "ProbeBrokenEnd-v0")]
+)
 def test_non_finite_observation_stops_the_run(script, name, tmp_path):
-    flags = (*TINY, "--env-id", f"tests.probe_envs:{name}", "--total-timesteps", 10_000, "--runs-dir", tmp_path)
+    flags = (
+        *TINY,
+        "--env-id",
+        f"tests.probe_envs:{name}",
+        "--total-timesteps",
+        10_000,
+        "--runs-dir",
+        tmp_path,
+    )
     out, err = run(script, *flags, env={"PYTHONPATH": str(ROOT)}, status=1)
     (folder,) = tmp_path.iterdir()
-    assert err.count("\n") == 1 and name in err and "non-finite" in err and "step " in err and str(folder) in err
+    assert (
+        err.count("\n") == 1 and name in err and "non-finite" in err and "step " in err and str(folder) in err
+    )
     step = int(err.split("step ")[1].split(")")[0])
     table = rows(folder / "progress.csv")
     assert table[-1]["global_step"] <= step < table[-1]["global_step"] + 64 and rows(folder / "episodes.csv")
@@ -534,12 +601,25 @@ def test_non_finite_observation_stops_the_run(script, name, tmp_path):
 # Learning
 
 
-PROBE = ["--num-envs", 8, "--num-steps", 16, "--num-minibatches", 2, "--update-epochs", 4, "--no-norm-obs", "--no-norm-reward"]
+PROBE = [
+    "--num-envs",
+    8,
+    "--num-steps",
+    16,
+    "--num-minibatches",
+    2,
+    "--update-epochs",
+    4,
+    "--no-norm-obs",
+    "--no-norm-reward",
+]
 PROBE += ["--actor-lr", 3e-3, "--critic-lr", 3e-3, "--eval-episodes", 1, "--total-timesteps", 15_000]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("name, steps, best, value", [("OneStep", [0.0], 0.5, 1.0), ("TwoStep", [0.0, 1.0], -0.5, 1.0)])
+@pytest.mark.parametrize(
+    "name, steps, best, value", [("OneStep", [0.0], 0.5, 1.0), ("TwoStep", [0.0, 1.0], -0.5, 1.0)]
+)
 def test_probe_actions_and_values(script, name, steps, best, value, tmp_path):
     env_id = f"tests.probe_envs:Probe{name}-v0"
     folder = train(script, tmp_path, *PROBE, "--env-id", env_id, "--gamma", 0.9)
@@ -557,7 +637,17 @@ def test_probe_actions_and_values(script, name, steps, best, value, tmp_path):
 @pytest.mark.parametrize("script", DISCRETE)
 def test_probe_choices_and_values(script, tmp_path):
     """Two steps, of which the second pays 1 for action 4 (of 3 to 5), 0 for others."""
-    folder = train(script, tmp_path, *PROBE, "--env-id", "tests.probe_envs:ProbeChoice-v0", "--gamma", 0.9, "--actor-lr", 1e-2)
+    folder = train(
+        script,
+        tmp_path,
+        *PROBE,
+        "--env-id",
+        "tests.probe_envs:ProbeChoice-v0",
+        "--gamma",
+        0.9,
+        "--actor-lr",
+        1e-2,
+    )
     actor, critic, _ = load(script, folder)
     obs = torch.tensor([[0.0], [1.0]])
     chances = actor.net(obs).softmax(-1).detach()
@@ -571,7 +661,12 @@ def test_probe_choices_and_values(script, tmp_path):
 @pytest.mark.parametrize("script", DISCRETE)
 def test_learns_to_balance_a_little(script, tmp_path):
     folder = train(script, tmp_path, "--total-timesteps", 30_000, "--env-id", "CartPole-v1")
-    assert rows(folder / "progress.csv")[-1]["return_100"] > 80 > 40 > np.mean([row["return"] for row in rows(folder / "episodes.csv")][:50])
+    assert (
+        rows(folder / "progress.csv")[-1]["return_100"]
+        > 80
+        > 40
+        > np.mean([row["return"] for row in rows(folder / "episodes.csv")][:50])
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -579,35 +674,60 @@ def test_truncation_bootstraps_and_termination_does_not(script, tmp_path):
     flags = [*PROBE, "--gamma", 0.8, "--env-id"]
     endless = train(script, tmp_path / "a", *flags, "tests.probe_envs:ProbeForever-v0")
     assert rows(endless / "episodes.csv")[0]["length"] == 5
-    assert float(load(script, endless)[1](torch.zeros(1, 1)).detach()) == pytest.approx(1 / (1 - 0.8), rel=0.05)
+    assert float(load(script, endless)[1](torch.zeros(1, 1)).detach()) == pytest.approx(
+        1 / (1 - 0.8), rel=0.05
+    )
     ending = train(script, tmp_path / "b", *flags, "tests.probe_envs:ProbeProbe-v0")
     assert float(load(script, ending)[1](torch.zeros(1, 1)).detach()) == pytest.approx(1.0, rel=0.05)
 
 
 def test_next_observations_are_the_true_ones(tmp_path, monkeypatch):
     """Also where an episode was truncated, at different steps in different environments."""
-    batches, implicit_weights = [], blpo.implicit_weights
-    monkeypatch.setattr(blpo, "implicit_weights", lambda critic, mb, *rest: batches.append(mb) or implicit_weights(critic, mb, *rest))
-    flags = ["--env-id", "tests.probe_envs:ProbeClock-v0", "--total-timesteps", 640, "--no-norm-obs", "--no-norm-adv"]
+    batches, leader_gradient = [], blpo.leader_gradient
+
+    def spy(J, mb, *rest):
+        batches.append(mb)
+        return leader_gradient(J, mb, *rest)
+
+    monkeypatch.setattr(blpo, "leader_gradient", spy)
+    flags = [
+        "--env-id",
+        "tests.probe_envs:ProbeClock-v0",
+        "--total-timesteps",
+        640,
+        "--no-norm-obs",
+        "--no-norm-adv",
+    ]
     train(blpo, tmp_path, *TINY, *flags)
-    obs, next_obs, cut = (torch.cat([getattr(mb, name) for mb in batches]) for name in ("obs", "next_obs", "cut"))
+    obs, next_obs, cut = (
+        torch.cat([getattr(mb, name) for mb in batches]) for name in ("obs", "next_obs", "cut")
+    )
     assert torch.equal(next_obs, obs + 1)
     assert len(next_obs[cut].unique()) > 4 and not torch.equal(next_obs[:, :-1], obs[:, 1:])
 
 
 @pytest.fixture(scope="module")
 def walker(tmp_path_factory):
-    """61,440 steps of Walker2d-v4 under default flags, and what implicit_weights was called with last."""
-    last, implicit_weights = [], blpo.implicit_weights
+    """61,440 steps of Walker2d-v4 under default flags, and the last moment that its hypergradient was made
+    from."""
+    last = {}
+    leader_gradient = blpo.leader_gradient
+    curvature = blpo.curvature
 
-    def spy(critic, mb, ratio, args, generator):
-        last[:] = critic, mb, ratio, args
-        return implicit_weights(critic, mb, ratio, args, generator)
+    def see_ratio(J, mb, ratio, args):
+        last["ratio"] = ratio.detach()
+        return leader_gradient(J, mb, ratio, args)
+
+    def see_critic(critic, mb, J, args):
+        last["moment"] = Moment(critic, mb, last["ratio"], args)  # the critic's last step has been made
+        return curvature(critic, mb, J, args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blpo, "implicit_weights", spy)
-        folder = train(blpo, tmp_path_factory.mktemp("walker"), "--env-id", "Walker2d-v4", "--total-timesteps", 61_440)
-    return folder, last
+        patch.setattr(blpo, "leader_gradient", see_ratio)
+        patch.setattr(blpo, "curvature", see_critic)
+        flags = ["--env-id", "Walker2d-v4", "--total-timesteps", 61_440]
+        folder = train(blpo, tmp_path_factory.mktemp("walker"), *flags)
+    return folder, last["moment"]
 
 
 def test_learns_to_walk_a_little(walker):
@@ -618,27 +738,35 @@ def test_learns_to_walk_a_little(walker):
 
 
 def test_default_ihvp_on_a_trained_critic_is_within_one_percent(walker):
-    """Default rank and damping against dense float64 solves, on the last minibatch of a real run. What the hypergradient
-    takes from x = (H + rho I)^{-1} v is w = J x: w is compared where H is the whole Hessian, x with its Gauss-Newton part."""
-    critic, mb, ratio, args = walker[1]
-    mb = blpo.Batch(*(x.double() if x.is_floating_point() else x for x in mb))
-    critic = critic.double()
-    systems = {hessian: system(blpo, critic, mb, ratio.detach().double(), args, hessian) for hessian in ("full", "gauss-newton")}
+    """Default rank and damping against dense float64 solves, on the last minibatch of a real run. What the
+    hypergradient takes from x = (H + rho I)^{-1} v is w = J x: w is compared where H is the whole Hessian, x
+    with its Gauss-Newton part."""
+    moment = doubled(blpo, walker[1])
+    critic, mb, _, args = moment
+    systems = {hessian: system(blpo, moment, hessian) for hessian in ("full", "gauss-newton")}
     v = systems["full"][1]
     identity, rho = torch.eye(len(v), dtype=v.dtype), args.nystrom_rho
-    dense = {name: torch.cat([product(u) for u in identity.split(256, 1)], 1) for name, (product, _) in systems.items()}
+    dense = {
+        name: torch.cat([product(u) for u in identity.split(256, 1)], 1)
+        for name, (product, _) in systems.items()
+    }
     for H in dense.values():
         assert torch.allclose(H, H.T, atol=1e-8) and H.dtype == torch.float64
     exact = {name: torch.linalg.solve(H + rho * identity, v) for name, H in dense.items()}
-    J = blpo.Jacobian(critic, mb.obs.flatten(0, 1))
+    J = blpo.Jacobian(critic.value, mb.obs.flatten(0, 1))
 
     def errors(hessian, sketch, rank, seed=0):
-        """Relative errors of x against the dense solve with the same H, with the whole H, and of J x with the whole H."""
+        """Relative errors of x against the dense solve with the same H, with the whole H, and of J x with the
+        whole H."""
         x, _ = nystrom_ihvp(systems[hessian][0], v, rank, rho, sketch, torch.Generator().manual_seed(seed))
         off = lambda x, truth: float((x - truth).norm() / truth.norm())
         return off(x, exact[hessian]), off(x, exact["full"]), off(J @ x, J @ exact["full"])
 
-    for hessian, sketch, ranks in (("full", "krylov", range(6)), ("gauss-newton", "krylov", range(6)), ("full", "columns", [5] * 5)):
+    for hessian, sketch, ranks in (
+        ("full", "krylov", range(6)),
+        ("gauss-newton", "krylov", range(6)),
+        ("full", "columns", [5] * 5),
+    ):
         for seed, rank in enumerate(ranks):
             print(hessian, sketch, rank, *(f"{error:.2g}" for error in errors(hessian, sketch, rank, seed)))
     same_h, _, w = errors(args.hessian, args.nystrom_sketch, args.nystrom_rank)

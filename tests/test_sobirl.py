@@ -1,5 +1,7 @@
-"""sobirl_tabular.py: every formula against finite differences or full enumeration in float64, then the script as a user meets it."""
+"""sobirl_tabular.py: every formula against finite differences or full enumeration in float64, then the script
+as a user meets it."""
 
+import csv
 import itertools
 import json
 import os
@@ -7,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import typing
 from dataclasses import replace
 
 import hypothesis
@@ -14,7 +17,6 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
-import plot
 import sobirl_tabular as sobirl
 from tests.test_durable import FLOATS, INTEGERS, TEXT
 from tests.test_scripts import ROOT, refused, rows, run, start, train
@@ -24,7 +26,8 @@ METHODS, PROBLEMS = sobirl.METHODS, sobirl.PROBLEMS
 
 
 def tiny(seed=0, S=4, A=3, n=5, gamma=0.8, tau=0.5, H=2, state_only=False):
-    """A problem that shares nothing with those of the script: a non-linear reward, l any function of two trajectories and x."""
+    """A problem that shares nothing with those of the script: a non-linear reward, l any function of two
+    trajectories and x."""
     g = torch.Generator().manual_seed(seed)
     P = sobirl.uniform(S, A, S, generator=g) ** 2
     C, D = sobirl.normal(S, A, n, generator=g), sobirl.normal(S, A, n, generator=g)
@@ -33,7 +36,11 @@ def tiny(seed=0, S=4, A=3, n=5, gamma=0.8, tau=0.5, H=2, state_only=False):
     cost, other = sobirl.normal(S, A, generator=g), sobirl.normal(S, A, S, A, generator=g)
 
     def loss(x, s, a):  # (..., 2, H) -> (...)
-        return cost[s, a].sum((-1, -2)) * x.sin().sum() + other[s[..., 0, -1], a[..., 0, -1], s[..., 1, 0], a[..., 1, 0]] + x[0] ** 2
+        return (
+            cost[s, a].sum((-1, -2)) * x.sin().sum()
+            + other[s[..., 0, -1], a[..., 0, -1], s[..., 1, 0], a[..., 1, 0]]
+            + x[0] ** 2
+        )
 
     def costs(x, s, a, alive):
         return loss(x, s, a)[:, None] * torch.eye(H, dtype=x.dtype)[-1]
@@ -41,14 +48,27 @@ def tiny(seed=0, S=4, A=3, n=5, gamma=0.8, tau=0.5, H=2, state_only=False):
     def objective(x, pi):
         return (problem.chance(pi) * loss(x, *problem.tuples)).sum()
 
-    problem = sobirl.Problem(P / P.sum(-1, keepdim=True), gamma, tau, sobirl.normal(n, generator=g),
-                             lambda x: torch.tanh(C @ x) + 0.3 * (D @ x), objective, costs, 0.1, 0.1, 0.1, 2, H)  # fmt: skip
+    problem = sobirl.Problem(
+        P / P.sum(-1, keepdim=True),
+        gamma,
+        tau,
+        sobirl.normal(n, generator=g),
+        lambda x: torch.tanh(C @ x) + 0.3 * (D @ x),
+        objective,
+        costs,
+        0.1,
+        0.1,
+        0.1,
+        2,
+        H,
+    )
     problem.tuples, problem.chance = tuples(problem)
     return problem
 
 
 def tuples(problem):
-    """All tuples of trajectories, their states and actions, each (M, I, H), and their probabilities as a function of pi."""
+    """All tuples of trajectories, their states and actions, each (M, I, H), and their probabilities as a
+    function of pi."""
     S, A, H = *problem.P.shape[:2], problem.horizon
     paths = torch.tensor(list(itertools.product(range(S), range(A), repeat=H))).reshape(-1, H, 2)
     s, a = paths[..., 0], paths[..., 1]
@@ -77,14 +97,19 @@ def reward_jacobian(problem, x):
 def implicit(problem, x, pi):
     """grad V (Proposition 4.1), grad Q and grad pi (8) at a policy, (S, n), (S, A, n), (S, A, n)."""
     dr = reward_jacobian(problem, x)
-    dV = torch.linalg.solve(torch.eye(len(pi), dtype=x.dtype) - problem.gamma * sobirl.transition(problem.P, pi), (pi[..., None] * dr).sum(1))
+    dV = torch.linalg.solve(
+        torch.eye(len(pi), dtype=x.dtype) - problem.gamma * sobirl.transition(problem.P, pi),
+        (pi[..., None] * dr).sum(1),
+    )
     dQ = dr + problem.gamma * problem.P @ dV
     return dV, dQ, pi[..., None] * (dQ - dV[:, None]) / problem.tau
 
 
 def direction(name, problem, x, args=ARGS, memory=None, Q=None):
     Q = optimum(problem, x)[0] if Q is None else Q
-    return METHODS[name](problem, x, Q, {} if memory is None else memory, args, torch.Generator().manual_seed(0))
+    return METHODS[name](
+        problem, x, Q, {} if memory is None else memory, args, torch.Generator().manual_seed(0)
+    )
 
 
 def close(a, b, tol=1e-8):
@@ -106,7 +131,9 @@ def test_follower_by_sweeps_by_newton_and_by_hand(gamma, tau):
         swept, count = sobirl.best_response(problem, r, torch.zeros_like(Q), tol)
         assert (swept - Q).abs().max() <= tol
         assert sobirl.best_response(problem, r, swept, tol)[1] <= count  # the warm start pays
-    other = torch.softmax(sobirl.normal(4, 3, generator=torch.Generator().manual_seed(1)), 1)  # no policy does better
+    other = torch.softmax(
+        sobirl.normal(4, 3, generator=torch.Generator().manual_seed(1)), 1
+    )  # no policy does better
     system = torch.eye(4, dtype=r.dtype) - gamma * sobirl.transition(problem.P, other)
     assert (torch.linalg.solve(system, (other * (r - tau * other.log())).sum(1)) <= V).all()
 
@@ -138,21 +165,32 @@ def test_derivatives_of_the_best_response(seed):
     close(dpi, differences(lambda x: optimum(problem, x)[1], x).movedim(0, -1))
 
 
-@pytest.mark.parametrize("problem", [tiny(0), tiny(1), *(make(seed) for make in PROBLEMS.values() for seed in (1, 2))])
+@pytest.mark.parametrize(
+    "problem", [tiny(0), tiny(1), *(make(seed) for make in PROBLEMS.values() for seed in (1, 2))]
+)
 def test_hypergradient_against_finite_differences(problem):
     """(9), sign included; on the large problems along random directions."""
     g = torch.Generator().manual_seed(0)
     x = problem.start + 0.3 * sobirl.normal(len(problem.start), generator=g)
-    basis = torch.eye(len(x), dtype=x.dtype) if len(x) < 20 else torch.linalg.qr(sobirl.normal(len(x), 3, generator=g))[0].T
+    basis = (
+        torch.eye(len(x), dtype=x.dtype)
+        if len(x) < 20
+        else torch.linalg.qr(sobirl.normal(len(x), 3, generator=g))[0].T
+    )
     phi = lambda t: problem.objective(x + t @ basis, optimum(problem, x + t @ basis)[1])
     gradient = basis @ direction("exact", problem, x)
     assert gradient.norm() > 1e-3
-    close(gradient, differences(phi, torch.zeros(len(basis), dtype=x.dtype), 1e-3 if len(x) < 20 else 1e-4), 1e-8 * max(1, float(gradient.norm())))
+    close(
+        gradient,
+        differences(phi, torch.zeros(len(basis), dtype=x.dtype), 1e-3 if len(x) < 20 else 1e-4),
+        1e-8 * max(1, float(gradient.norm())),
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_model_free_form_by_enumeration(seed):
-    """(13) + (14): the expectation over all pairs of trajectories of grad l + l/tau sum (grad Q - grad V) is (9)."""
+    """(13) + (14): the expectation over all pairs of trajectories of grad l + l/tau sum (grad Q - grad V) is
+    (9)."""
     problem = tiny(seed)
     x, pi = problem.start, optimum(problem, problem.start)[1]
     dV, dQ, _ = implicit(problem, x, pi)
@@ -166,7 +204,10 @@ def test_model_free_form_by_enumeration(seed):
     close(chance @ score, torch.zeros_like(x))  # so that any baseline may be subtracted
     dr = reward_jacobian(problem, x)
     short = (dr - (pi[..., None] * dr).sum(1, keepdim=True))[s, a].sum((1, 2))
-    close(first + (chance * loss(x)) @ short / problem.tau, direction("sobirl", problem, x, replace(ARGS, depth="one")))  # (78)
+    close(
+        first + (chance * loss(x)) @ short / problem.tau,
+        direction("sobirl", problem, x, replace(ARGS, depth="one")),
+    )  # (78)
 
 
 @pytest.mark.parametrize("name", ["synthetic", "preference"])
@@ -192,7 +233,9 @@ def test_objective_of_reward_shaping_is_the_mean_of_its_samples():
 # The other methods have the same target
 
 
-@pytest.mark.parametrize("problem", [tiny(0), PROBLEMS["synthetic"](1), PROBLEMS["reward-shaping"](1), PROBLEMS["preference"](1)])
+@pytest.mark.parametrize(
+    "problem", [tiny(0), PROBLEMS["synthetic"](1), PROBLEMS["reward-shaping"](1), PROBLEMS["preference"](1)]
+)
 def test_methods_that_equal_the_hypergradient(problem):
     x = problem.start
     target = direction("exact", problem, x)
@@ -201,7 +244,11 @@ def test_methods_that_equal_the_hypergradient(problem):
         close(direction(name, problem, x), target, 1e-10 * unit)
     close(direction("parl", problem, x), target, 1e-6 * unit)
     args = replace(ARGS, sweeps=2000)
-    close(direction("unrolled", problem, x, args, {"Q before": torch.zeros_like(optimum(problem, x)[0])}), target, 1e-8 * unit)
+    close(
+        direction("unrolled", problem, x, args, {"Q before": torch.zeros_like(optimum(problem, x)[0])}),
+        target,
+        1e-8 * unit,
+    )
 
 
 def test_m_sobirl_tends_to_the_hypergradient():
@@ -212,12 +259,18 @@ def test_m_sobirl_tends_to_the_hypergradient():
         swept = torch.zeros_like(Q)
         for _ in range(sweeps):
             swept = sobirl.sweep(problem, problem.reward(x), swept)
-        errors.append(float((direction("m-sobirl", problem, x, replace(ARGS, w_solver="exact"), Q=swept) - target).norm()))
+        errors.append(
+            float(
+                (direction("m-sobirl", problem, x, replace(ARGS, w_solver="exact"), Q=swept) - target).norm()
+            )
+        )
     assert all(later < 0.9 * earlier for earlier, later in zip(errors, errors[1:])) and errors[-1] < 1e-10
     errors = []
     for steps in (0, 10, 100, 1000, 3000):  # with Q solved, as the steps on w grow
         memory = {"w": torch.zeros(4, dtype=x.dtype)}
-        errors.append(float((direction("m-sobirl", problem, x, replace(ARGS, w_steps=steps), memory) - target).norm()))
+        errors.append(
+            float((direction("m-sobirl", problem, x, replace(ARGS, w_steps=steps), memory) - target).norm())
+        )
     assert all(later < earlier for earlier, later in zip(errors, errors[1:])) and errors[-1] < 1e-7
 
 
@@ -270,13 +323,18 @@ def mean_and_error(draws):
 @pytest.mark.parametrize("depth, baseline", [("full", True), ("full", False), ("one", True)])
 @pytest.mark.parametrize("shifted", [False, True])
 def test_estimator_is_unbiased(depth, baseline, shifted):
-    """The mean of 300 estimates (15), or (78), is its expectation within four standard errors; also where the sample comes from
-    another policy and is weighed by the likelihood ratio."""
+    """The mean of 300 estimates (15), or (78), is its expectation within four standard errors; also where the
+    sample comes from another policy and is weighed by the likelihood ratio."""
     problem, g = tiny(gamma=0.5), torch.Generator().manual_seed(0)
     x, (Q, pi) = problem.start, optimum(problem, problem.start)
-    behaviour = torch.softmax((Q + 0.1 * sobirl.normal(4, 3, generator=g)) / problem.tau, 1) if shifted else pi
+    behaviour = (
+        torch.softmax((Q + 0.1 * sobirl.normal(4, 3, generator=g)) / problem.tau, 1) if shifted else pi
+    )
     args = replace(ARGS, samples=50, rollout=12, depth=depth, baseline=baseline)
-    draws = [sobirl.estimate(problem, x, pi, sobirl.draw(problem, behaviour, args, g), behaviour, args) for _ in range(300)]
+    draws = [
+        sobirl.estimate(problem, x, pi, sobirl.draw(problem, behaviour, args, g), behaviour, args)
+        for _ in range(300)
+    ]
     mean, error = mean_and_error(draws)
     target = direction("sobirl", problem, x, replace(ARGS, depth=depth))
     assert (error < 0.2 * target.norm()).all()
@@ -290,7 +348,10 @@ def test_monte_carlo_error_falls_with_the_root_of_the_samples(name):
     target, errors = direction("exact", problem, x), []
     for samples in (64, 256, 1024, 4096):
         args = replace(ARGS, samples=samples, rollout=14)
-        errors.append(sum(float((METHODS[name](problem, x, Q, {}, args, g) - target).square().sum()) for _ in range(20)) ** 0.5)
+        errors.append(
+            sum(float((METHODS[name](problem, x, Q, {}, args, g) - target).square().sum()) for _ in range(20))
+            ** 0.5
+        )
     for earlier, later in zip(errors, errors[1:]):
         assert 1.5 < earlier / later < 2.7, errors  # 2
 
@@ -304,19 +365,33 @@ def test_baseline_is_the_mean_of_the_others():
     others = torch.stack([l[[1, 2]].mean(), l[[0, 2]].mean(), l[[0, 1]].mean()])
     plain = replace(args, baseline=False)
     of_others = sobirl.estimate(replace(problem, costs=lambda *_: others[:, None]), x, pi, sample, pi, plain)
-    close(sobirl.estimate(problem, x, pi, sample, pi, args), sobirl.estimate(problem, x, pi, sample, pi, plain) - of_others, 1e-10)
+    close(
+        sobirl.estimate(problem, x, pi, sample, pi, args),
+        sobirl.estimate(problem, x, pi, sample, pi, plain) - of_others,
+        1e-10,
+    )
 
 
 def test_hpgd_is_consistent():
     """Where all of the hypergradient is implicit, and moves are certain, so that what lies ahead matters."""
     problem, g = tiny(gamma=0.8), torch.Generator().manual_seed(0)
     cost = sobirl.normal(4, 3, generator=g)
-    problem = replace(problem, P=torch.nn.functional.one_hot(problem.P.argmax(-1), 4).double(), costs=lambda x, s, a, alive: cost[s, a].sum(1))
+    problem = replace(
+        problem,
+        P=torch.nn.functional.one_hot(problem.P.argmax(-1), 4).double(),
+        costs=lambda x, s, a, alive: cost[s, a].sum(1),
+    )
     (s, a), chance = tuples(problem)
     problem = replace(problem, objective=lambda x, pi: chance(pi) @ cost[s, a].sum((1, 2)) + 0 * x.sum())
-    Q, args, target = optimum(problem, problem.start)[0], replace(ARGS, samples=4000, rollout=30), direction("exact", problem, problem.start)
+    Q, args, target = (
+        optimum(problem, problem.start)[0],
+        replace(ARGS, samples=4000, rollout=30),
+        direction("exact", problem, problem.start),
+    )
     mean, error = mean_and_error([sobirl.hpgd(problem, problem.start, Q, {}, args, g) for _ in range(8)])
-    assert ((mean - target).abs() < 6 * error).all() and (mean - target).norm() < 0.05 * target.norm(), (mean - target) / error
+    assert ((mean - target).abs() < 6 * error).all() and (mean - target).norm() < 0.05 * target.norm(), (
+        mean - target
+    ) / error
 
 
 def test_visit_means_by_hand():
@@ -341,8 +416,15 @@ def test_momentum():
     x, new, old = problem.start + 0.1, optimum(problem, problem.start + 0.1)[0], dict(memory)
     pi = torch.softmax(new / problem.tau, 1)
     sample = sobirl.draw(problem, pi, args, generators[0])
-    now, then = (sobirl.estimate(problem, *point, sample, pi, args) for point in ((x, pi), (problem.start, torch.softmax(Q / problem.tau, 1))))
-    close(sobirl.stoc_sobirl(problem, x, new, memory, args, generators[1]), now + (1 - 5 ** (-2 / 3)) * (old["h"] - then), 1e-10)
+    now, then = (
+        sobirl.estimate(problem, *point, sample, pi, args)
+        for point in ((x, pi), (problem.start, torch.softmax(Q / problem.tau, 1)))
+    )
+    close(
+        sobirl.stoc_sobirl(problem, x, new, memory, args, generators[1]),
+        now + (1 - 5 ** (-2 / 3)) * (old["h"] - then),
+        1e-10,
+    )
     assert (now - then).norm() > 1e-3
 
 
@@ -363,7 +445,11 @@ def test_a_reward_of_states_alone_has_no_truncated_term():
 
 def test_truncation_is_exact_without_discounting():
     problem = tiny(gamma=0.0)
-    close(direction("sobirl", problem, problem.start, replace(ARGS, depth="one")), direction("exact", problem, problem.start), 1e-12)
+    close(
+        direction("sobirl", problem, problem.start, replace(ARGS, depth="one")),
+        direction("exact", problem, problem.start),
+        1e-12,
+    )
 
 
 def test_how_often_drlhf_opposes_the_hypergradient():
@@ -373,7 +459,9 @@ def test_how_often_drlhf_opposes_the_hypergradient():
         problem = PROBLEMS["preference"](seed)
         target = direction("exact", problem, problem.start)
         for name in opposed:
-            opposed[name] += cosine(direction(name, problem, problem.start, replace(ARGS, depth="one")), target) < 0
+            opposed[name] += (
+                cosine(direction(name, problem, problem.start, replace(ARGS, depth="one")), target) < 0
+            )
     print(opposed)
     assert 0.02 * count < opposed["drlhf"] < 0.2 * count and opposed["sobirl"] < 0.02 * count
 
@@ -397,14 +485,21 @@ def test_all_methods_from_the_same_start(name, tmp_path):
     for method in METHODS:
         few = [] if method not in ("hpgd", "stoc-sobirl") else ["--samples", 3, "--rollout", 5]
         folder = train(sobirl, tmp_path, "--problem", name, "--method", method, "--rounds", 2, *few)
-        progress, solution = rows(folder / "progress.csv"), torch.load(folder / "solution.pt", weights_only=True)
+        progress, solution = (
+            rows(folder / "progress.csv"),
+            torch.load(folder / "solution.pt", weights_only=True),
+        )
         assert folder.name.startswith(f"{name}__{method}__1__") and not (folder / "episodes.csv").exists()
         assert [row["round"] for row in progress] == [0, 1, 2] and progress[-1]["phi"] == solution["phi"]
-        assert progress[2]["seconds"] > progress[1]["seconds"] > 0 and all(row["seconds_leader"] > 0 for row in progress)
+        assert progress[2]["seconds"] > progress[1]["seconds"] > 0 and all(
+            row["seconds_leader"] > 0 for row in progress
+        )
         problem = PROBLEMS[name](1)
         assert abs(float(problem.objective(solution["x"], solution["policy"])) - solution["phi"]) < 1e-12
         flags = json.loads((folder / "config.json").read_text())["flags"]
-        assert flags["beta"] > 0 and flags["samples"] is not None and flags["gamma"] == problem.gamma  # what was left open is filled in
+        assert (
+            flags["beta"] > 0 and flags["samples"] is not None and flags["gamma"] == problem.gamma
+        )  # what was left open is filled in
         starts.add((progress[0]["phi"], progress[0]["gradient_norm"]))
         if method in ("exact", "parl", "sobirl"):
             assert progress[0]["cosine"] > 1 - 1e-9
@@ -421,7 +516,18 @@ def test_m_sobirl_reaches_the_known_optimum(seed, tmp_path):
 def test_preference_tells_drlhf_from_the_hypergradient(tmp_path):
     ends = {}
     for method in ("exact", "m-sobirl", "drlhf"):
-        flags = ["--problem", "preference", "--seed", 688, "--method", method, "--rounds", 300, "--w-solver", "exact"]
+        flags = [
+            "--problem",
+            "preference",
+            "--seed",
+            688,
+            "--method",
+            method,
+            "--rounds",
+            300,
+            "--w-solver",
+            "exact",
+        ]
         progress = rows(train(sobirl, tmp_path, *flags) / "progress.csv")
         ends[method] = progress[-1]["phi"] - progress[0]["phi"]
     assert ends["exact"] < -0.1 and ends["m-sobirl"] < -0.1 and ends["drlhf"] > 0, ends
@@ -431,9 +537,15 @@ def test_same_seed_same_numbers_and_killed_runs_keep_theirs(tmp_path):
     numbers = lambda folder: [(row["phi"], row["cosine"]) for row in rows(folder / "progress.csv")]
     flags = ["--method", "stoc-sobirl", "--samples", 4, "--rounds", 20]
     first = numbers(train(sobirl, tmp_path, *flags))
-    assert first == numbers(train(sobirl, tmp_path, *flags)) != numbers(train(sobirl, tmp_path, *flags, "--seed", 2))
+    assert (
+        first
+        == numbers(train(sobirl, tmp_path, *flags))
+        != numbers(train(sobirl, tmp_path, *flags, "--seed", 2))
+    )
     for number, status in ((signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        process = start(sobirl, *flags, "--rounds", 500_000, "--runs-dir", tmp_path / str(number), stdout=subprocess.PIPE)
+        process = start(
+            sobirl, *flags, "--rounds", 500_000, "--runs-dir", tmp_path / str(number), stdout=subprocess.PIPE
+        )
         process.stdout.readline()  # says how far it is: training has begun
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
@@ -441,41 +553,54 @@ def test_same_seed_same_numbers_and_killed_runs_keep_theirs(tmp_path):
         (folder,) = (tmp_path / str(number)).iterdir()
         kept = numbers(folder)
         assert len(kept) >= 1 and not (folder / "solution.pt").exists()
-        assert kept[0] == first[0] and (number == signal.SIGKILL or "stopped in round" in err)
+        assert kept[0] == first[0] and (number == signal.SIGKILL or "stopped at round" in err)
 
 
 def test_track(tmp_path):
-    fake = "import json\nclass R:\n    def log(self, row, step): print('logged', step, sorted(row)[0])\n    def finish(self): print('finished')\n"
-    (tmp_path / "wandb.py").write_text(fake + "def init(**k): print('config', k['config']['flags']['method']); return R()\n")
-    out, _ = run(sobirl, "--rounds", 2, "--track", "--runs-dir", tmp_path / "runs", env={"PYTHONPATH": str(tmp_path)})
-    assert "config m-sobirl" in out and out.count("logged") == 3 and "logged 2 cosine" in out and "finished" in out
+    fake = "class R:\n    def log(self, row, step): print('logged', step, sorted(row)[0])\n"
+    fake += "    def finish(self): print('finished')\n"
+    (tmp_path / "wandb.py").write_text(
+        fake + "def init(**k): print('config', k['config']['flags']['method']); return R()\n"
+    )
+    out, _ = run(
+        sobirl, "--rounds", 2, "--track", "--runs-dir", tmp_path / "runs", env={"PYTHONPATH": str(tmp_path)}
+    )
+    assert (
+        "config m-sobirl" in out
+        and out.count("logged") == 3
+        and "logged 2 cosine" in out
+        and "finished" in out
+    )
 
 
-@pytest.mark.parametrize("flags, flag, fix", [
-    (["--problem", "maze"], "--problem", "preference"),
-    (["--method", "sac"], "--method", "m-sobirl"),
-    (["--rounds", "0"], "--rounds", "1,000,000"),
-    (["--sweeps", "0"], "--sweeps", "between 1"),
-    (["--tol", "0"], "--tol", "1e-12"),
-    (["--gamma", "1"], "--gamma", "0.999"),
-    (["--tau", "0"], "--tau", "0.001"),
-    (["--beta", "-1"], "--beta", "positive"),
-    (["--beta", "nan"], "--beta", "positive"),
-    (["--xi", "0"], "--xi", "positive"),
-    (["--beta-decay", "2"], "--beta-decay", "[0, 1]"),
-    (["--penalty", "0"], "--penalty", "positive"),
-    (["--samples", "-1"], "--samples", "100,000"),
-    (["--samples", "1"], "--samples", "--no-baseline"),
-    (["--samples", "0", "--method", "stoc-sobirl"], "--samples", "at least 1"),
-    (["--samples", "100000", "--rollout", "10000", "--method", "hpgd"], "--samples", "--rollout"),
-    (["--rollout", "0"], "--rollout", "between 1"),
-    (["--momentum", "-1"], "--momentum", "1,000,000"),
-    (["--w-steps", "0"], "--w-steps", "between 1"),
-    (["--w-solver", "cg"], "--w-solver", "exact"),
-    (["--seed", "-1"], "--seed", "2^31"),
-    (["--exp-name", "x" * 300], "--exp-name", "100"),
-    (["--runs-dir", "/dev/null/runs"], "--runs-dir", "another folder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, flag, fix",
+    [
+        (["--problem", "maze"], "--problem", "preference"),
+        (["--method", "sac"], "--method", "m-sobirl"),
+        (["--rounds", "0"], "--rounds", "1,000,000"),
+        (["--sweeps", "0"], "--sweeps", "between 1"),
+        (["--tol", "0"], "--tol", "1e-12"),
+        (["--gamma", "1"], "--gamma", "0.999"),
+        (["--tau", "0"], "--tau", "0.001"),
+        (["--beta", "-1"], "--beta", "positive"),
+        (["--beta", "nan"], "--beta", "positive"),
+        (["--xi", "0"], "--xi", "positive"),
+        (["--beta-decay", "2"], "--beta-decay", "[0, 1]"),
+        (["--penalty", "0"], "--penalty", "positive"),
+        (["--samples", "-1"], "--samples", "100,000"),
+        (["--samples", "1"], "--samples", "--no-baseline"),
+        (["--samples", "0", "--method", "stoc-sobirl"], "--samples", "at least 1"),
+        (["--samples", "100000", "--rollout", "10000", "--method", "hpgd"], "--samples", "--rollout"),
+        (["--rollout", "0"], "--rollout", "between 1"),
+        (["--momentum", "-1"], "--momentum", "1,000,000"),
+        (["--w-steps", "0"], "--w-steps", "between 1"),
+        (["--w-solver", "cg"], "--w-solver", "exact"),
+        (["--seed", "-1"], "--seed", "2^31"),
+        (["--exp-name", "x" * 300], "--exp-name", "100"),
+        (["--runs-dir", "/dev/null/runs"], "--runs-dir", "another folder"),
+    ],
+)
 def test_bad_input_is_one_line(flags, flag, fix, capsys, tmp_path):
     err = refused(sobirl, capsys, "--runs-dir", tmp_path, *flags)
     assert flag in err and fix in err, err
@@ -493,20 +618,39 @@ def test_divergence_is_one_line(method, tmp_path, capsys):
 
 def flag_values():
     values = {}
-    for name, field in sobirl.Args.__dataclass_fields__.items():
+    for name, kind in typing.get_type_hints(sobirl.Args).items():
         if name not in ("track", "runs_dir", "rounds"):
-            words = st.sampled_from([str(word) for word in getattr(field.type, "__args__", ("",))]) if field.type not in (int, float, str) else TEXT
-            values[name] = st.one_of(INTEGERS, FLOATS, TEXT, words) if field.type is not bool else st.none()
-    return st.lists(st.sampled_from(sorted(values)).flatmap(lambda name: st.tuples(st.just(name), values[name])), max_size=4)
+            words = (
+                TEXT
+                if kind in (int, float, str)
+                else st.sampled_from(list(map(str, getattr(kind, "__args__", "x"))))
+            )
+            values[name] = st.one_of(INTEGERS, FLOATS, TEXT, words) if kind is not bool else st.none()
+    return st.lists(
+        st.sampled_from(sorted(values)).flatmap(lambda name: st.tuples(st.just(name), values[name])),
+        max_size=4,
+    )
 
 
 def test_any_command_line_runs_or_names_the_flag(tmp_path, capsys):
     seen = {"ran": 0, "refused": 0}
 
-    @hypothesis.settings(max_examples=80, deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.settings(
+        max_examples=80,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
     @hypothesis.given(st.sampled_from([*METHODS]), st.sampled_from([*PROBLEMS]), flag_values())
     def case(method, problem, flags):
-        if any(name in ("sweeps", "w_steps", "samples", "rollout") and value and value.isdecimal() and int(value) > 100 for name, value in flags):
+        if any(
+            name in ("sweeps", "w_steps", "samples", "rollout")
+            and value
+            and value.isdecimal()
+            and int(value) > 100
+            for name, value in flags
+        ):
             return  # accepted, and long
         words = ["--rounds", "2", "--problem", problem, "--method", method, "--runs-dir", str(tmp_path)]
         words += ["--samples", "4", "--rollout", "4"] if method in ("hpgd", "stoc-sobirl") else []
@@ -518,7 +662,9 @@ def test_any_command_line_runs_or_names_the_flag(tmp_path, capsys):
             seen["ran"] += 1
         except SystemExit as stop:
             err = capsys.readouterr().err
-            assert stop.code in (1, 2) and err.startswith("error: ") and err.count("\n") == 1 and "--" in err, err
+            assert (
+                stop.code in (1, 2) and err.startswith("error: ") and err.count("\n") == 1 and "--" in err
+            ), err
             seen["refused"] += 1
 
     case()
@@ -526,19 +672,50 @@ def test_any_command_line_runs_or_names_the_flag(tmp_path, capsys):
 
 
 def test_plot_from_runs_to_table_and_figure(tmp_path):
-    for flags in (["--seed", 1], ["--seed", 2], ["--problem", "preference", "--method", "drlhf"], ["--problem", "preference", "--seed", 688]):
+    for flags in (
+        ["--seed", 1],
+        ["--seed", 2],
+        ["--problem", "preference", "--method", "drlhf"],
+        ["--problem", "preference", "--seed", 688],
+    ):
         train(sobirl, tmp_path / "runs", "--rounds", 5, *flags)
     train(sobirl, tmp_path / "runs", "--rounds", 1300, "--method", "drlhf")
     (train(sobirl, tmp_path / "runs", "--rounds", 2, "--exp-name", "killed") / "solution.pt").unlink()
-    command = [sys.executable, f"{ROOT}/plot.py", "--results-dir", tmp_path / "results", "--figures-dir", tmp_path / "figures"]
-    first = subprocess.run([*command, "--runs-dir", tmp_path / "runs"], capture_output=True, text=True, check=True).stdout
+    command = [
+        sys.executable,
+        f"{ROOT}/tools/plot.py",
+        "--apart",
+        "preference:688",
+        "--results-dir",
+        tmp_path / "results",
+        "--figures-dir",
+        tmp_path / "figures",
+    ]
+    first = subprocess.run(
+        [*command, "--runs-dir", tmp_path / "runs"], capture_output=True, text=True, check=True
+    ).stdout
     assert "no solution, left out: synthetic__killed__1__" in first
-    assert "| synthetic | M-SoBiRL | 2 | 0 |  |  | 10 |" in first and "| preference, seed 688 | M-SoBiRL | 1 |" in first
-    row = next(row for row in plot.read(tmp_path / "results" / "tabular_summary.csv") if row["exp_name"] == "drlhf" and row["problem"] == "synthetic")
-    there = next(row for row in rows(next((tmp_path / "runs").glob("synthetic__drlhf*")) / "progress.csv") if row["gradient_norm"] <= 1e-3)
-    assert float(row["round_to_0.001"]) == there["round"] and float(row["seconds_to_0.001"]) == there["seconds"]
+    assert (
+        "| synthetic | M-SoBiRL | 2 | 0 |  |  | 10 |" in first
+        and "| preference, seed 688 | M-SoBiRL | 1 |" in first
+    )
+    row = next(
+        row
+        for row in csv.DictReader(open(tmp_path / "results" / "tabular_summary.csv"))
+        if row["exp_name"] == "drlhf" and row["problem"] == "synthetic"
+    )
+    there = next(
+        row
+        for row in rows(next((tmp_path / "runs").glob("synthetic__drlhf*")) / "progress.csv")
+        if row["gradient_norm"] <= 1e-3
+    )
+    assert (
+        float(row["round_to_0.001"]) == there["round"] and float(row["seconds_to_0.001"]) == there["seconds"]
+    )
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"tabular.png", "tabular.pdf"}
     contents = lambda: {path.name: path.read_bytes() for path in (tmp_path / "results").iterdir()}
     before = contents()  # adding the same runs again changes nothing
-    again = subprocess.run([*command, "--runs-dir", tmp_path / "runs"], capture_output=True, text=True, check=True).stdout
+    again = subprocess.run(
+        [*command, "--runs-dir", tmp_path / "runs"], capture_output=True, text=True, check=True
+    ).stdout
     assert again == first and contents() == before and before["tables.md"].decode() == first.split("\n", 1)[1]

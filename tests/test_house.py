@@ -1,0 +1,124 @@
+"""The form of the code: budgets, what lives where, and blocks that scripts share."""
+
+import ast
+import difflib
+import inspect
+from pathlib import Path
+
+import pytest
+
+import blpo_continuous
+import blpo_discrete
+import ppo_continuous
+import ppo_discrete
+
+ROOT = Path(__file__).parent.parent
+BUDGETS = {ppo_continuous: 360, ppo_discrete: 360, blpo_continuous: 470, blpo_discrete: 470}
+TWINS = [(ppo_continuous, blpo_continuous), (ppo_discrete, blpo_discrete)]
+ACTION_TWINS = [(ppo_continuous, ppo_discrete), (blpo_continuous, blpo_discrete)]
+
+
+def source_of(script, name="train"):
+    return inspect.getsource(getattr(script, name)).splitlines()
+
+
+def changed_lines(first: list[str], second: list[str]) -> list[str]:
+    """What `diff` would print of two texts, without the lines that say where."""
+    return [line for line in difflib.ndiff(first, second) if line[0] in "+-"]
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def words(module: ast.Module) -> set[str]:
+    """Names of variables, attributes and imported modules."""
+    found = set()
+    for node in ast.walk(module):
+        if isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.Import):
+            found |= {part for alias in node.names for part in alias.name.split(".")}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {*(node.module or "").split("."), *(alias.name for alias in node.names)}
+    return found
+
+
+@pytest.mark.parametrize("script", BUDGETS, ids=lambda script: script.__name__)
+def test_scripts_keep_their_budgets(script):
+    assert len(Path(script.__file__).read_text(encoding="utf-8").splitlines()) <= BUDGETS[script]
+    assert len(source_of(script)) <= 110
+    module = tree(Path(script.__file__))
+    assert not [node for node in ast.walk(module) if isinstance(node, (ast.Try, ast.Lambda))]
+    assert not words(module) & {"os", "sys", "signal", "contextlib"}
+
+
+def test_lines_are_short():
+    paths = [path for kind in ("*.py", "*.sh") for path in ROOT.rglob(kind)]
+    paths = [path for path in paths if not {".venv", "runs"} & set(path.relative_to(ROOT).parts)]
+    assert len(paths) > 25
+    long = []
+    for path in paths:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if len(line) > 110:
+                long.append(f"{path.relative_to(ROOT)}:{number}")
+    assert not long
+
+
+def test_prose_is_short_too():
+    """Of Markdown all but tables, commands and single links, which cannot be broken."""
+    for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
+        inside = False
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            inside ^= line.startswith("```")
+            if not inside and not line.startswith("|") and " " in line.strip():
+                assert len(line) <= 110, f"{path.name}:{number}"
+
+
+def test_support_does_not_learn():
+    scripts = {path.stem for path in ROOT.glob("*.py")}
+    assert {"blpo_continuous", "sobirl_tabular", "nystrom"} <= scripts
+    for path in (ROOT / "support").glob("*.py"):
+        found = words(tree(path))
+        assert not found & scripts, path
+        assert not found & {"autograd", "backward", "optim", "grad", "requires_grad_"}, path
+
+
+@pytest.mark.parametrize("first, second", TWINS + ACTION_TWINS, ids=lambda script: script.__name__)
+def test_what_scripts_share_is_identical(first, second):
+    """Functions and classes of the same name, but for the short list of what the scripts are about."""
+    if (first, second) in TWINS:
+        differ = {"Args", "check_args", "Batch", "make_batch", "train"}
+    else:
+        differ = {"Args", "Actor", "Batch", "train"}
+
+    def defined(script):
+        kinds = (ast.FunctionDef, ast.ClassDef)
+        return {node.name for node in tree(Path(script.__file__)).body if isinstance(node, kinds)}
+
+    shared = (defined(first) & defined(second)) - differ
+    assert {"gae_matrix", "gae", "policy_loss", "critic_loss", "FlatAdam", "flat_grad", "main"} <= shared
+    for name in shared:
+        assert source_of(first, name) == source_of(second, name), name
+    for name in differ:
+        assert source_of(first, name) != source_of(second, name), f"{name} need not be on the list"
+
+
+@pytest.mark.parametrize("ppo, blpo", TWINS, ids=lambda script: script.__name__)
+def test_the_diff_is_the_method(ppo, blpo):
+    """How many lines of train() differ, and that what BLPO adds is marked."""
+    assert len(changed_lines(source_of(ppo), source_of(blpo))) <= 45
+    texts = [Path(script.__file__).read_text(encoding="utf-8").split('"""', 2)[2] for script in (ppo, blpo)]
+    assert "BLPO:" not in texts[0]
+    first, second = (text.splitlines() for text in texts)
+    for kind, _, _, begin, end in difflib.SequenceMatcher(None, first, second, autojunk=False).get_opcodes():
+        block = [line for line in second[begin:end] if line.strip()]
+        if kind == "insert" and block:
+            assert any("# BLPO:" in line for line in [*block, *second[max(0, begin - 2) : begin]]), block
+
+
+@pytest.mark.parametrize("continuous, discrete", ACTION_TWINS, ids=lambda script: script.__name__)
+def test_kinds_of_actions_differ_in_the_policy(continuous, discrete):
+    assert len(changed_lines(source_of(continuous), source_of(discrete))) <= 4
