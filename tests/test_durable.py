@@ -261,6 +261,38 @@ def test_going_on_from_an_older_checkpoint_and_killed_again(reference, tmp_path,
     assert contents(script.main(["--resume", str(folder)])) == expected
 
 
+def test_what_a_checkpoint_counts_on_is_on_disk_before_it(tmp_path, monkeypatch):
+    """The order of fsync and rename: rows, then the new file under another name, then its name."""
+    seen = []
+    fsync, replace = os.fsync, os.replace
+
+    def see_fsync(descriptor):
+        seen.append(("fsync", os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        fsync(descriptor)
+
+    def see_replace(source, target):
+        seen.append(("rename", os.path.basename(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", see_fsync)
+    monkeypatch.setattr(os, "replace", see_replace)
+    train(ppo, tmp_path, *TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 64, "--eval-episodes", 0)
+    one = [("fsync", "progress.csv"), ("fsync", "episodes.csv"), ("fsync", "checkpoint.pt.tmp")]
+    first, second = one + [("rename", "checkpoint.pt")], one + [("rename", "checkpoint.previous.pt")]
+    config = [("fsync", "config.json.tmp"), ("rename", "config.json")]
+    model = [("fsync", "model.pt.tmp"), ("rename", "model.pt")]
+    assert seen == config + first + second + [("rename", "checkpoint.pt")] + model
+
+
+def test_a_lock_is_exclusive(tmp_path, capsys):
+    held = run_folder.lock(tmp_path)
+    with pytest.raises(SystemExit):
+        run_folder.lock(tmp_path)
+    assert "another process" in capsys.readouterr().err
+    os.close(held)
+    os.close(run_folder.lock(tmp_path))
+
+
 def test_wrappers_that_remember_begin_anew(tmp_path, monkeypatch, capsys):
     gym.register(
         "Delayed-v0",

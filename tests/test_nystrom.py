@@ -192,6 +192,18 @@ def test_cg_equals_dense_solve(preconditioned):
     assert cg_ihvp(products(H), v, 0.1, 3)[1]["iterations"] == 3
 
 
+@pytest.mark.parametrize("iterations", [1, 3, 200])
+def test_what_cg_says_of_its_solution(iterations):
+    """Every number in info, recomputed from x by dense algebra."""
+    H, v = random_symmetric(20, 12, torch.linspace(0.1, 30, 20))
+    v, rho = 7 * v, 2.0
+    x, info = cg_ihvp(products(H), v, rho, iterations, 1e-10)
+    assert info["correction"] == pytest.approx(float((x - v / rho).norm() / (v / rho).norm()), abs=1e-12)
+    residual = float(((H + rho * torch.eye(20)) @ x - v).norm() / v.norm())
+    assert info["residual"] == pytest.approx(residual, rel=1e-6, abs=1e-12)
+    assert info["iterations"] == iterations or (iterations == 200 and info["iterations"] <= 25)
+
+
 def test_preconditioning_saves_iterations():
     H, v = random_symmetric(200, 9, torch.cat([torch.logspace(2, 4, 10), torch.linspace(0.1, 1, 190)]))
     omega = sketch_matrix("gaussian", v, 20, torch.Generator().manual_seed(0))

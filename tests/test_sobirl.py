@@ -274,6 +274,30 @@ def test_m_sobirl_tends_to_the_hypergradient():
     assert all(later < earlier for earlier, later in zip(errors, errors[1:])) and errors[-1] < 1e-7
 
 
+def test_weights_of_m_sobirl_are_those_of_the_next_sweep():
+    """lambda of (9) is the policy after another sweep, not the one at hand: they differ until the follower has
+    converged."""
+    problem = tiny(3)
+    x = problem.start
+    Q = sobirl.normal(*problem.P.shape[:2], generator=torch.Generator().manual_seed(5))
+    args = replace(ARGS, w_solver="exact")
+    found = sobirl.m_sobirl(problem, x, Q, {}, args, None)
+
+    V = problem.tau * (Q / problem.tau).exp().sum(1).log()
+    pi = ((Q - V[:, None]) / problem.tau).exp()
+    swept = problem.reward(x) + problem.gamma * (problem.P * V).sum(-1)
+    lam = (swept / problem.tau).exp() / (swept / problem.tau).exp().sum(1, keepdim=True)
+    by_x, m = sobirl.gradients(problem, x, pi)
+    w = torch.linalg.solve(*sobirl.adjoint_system(problem, pi, m))
+    jacobian = torch.autograd.functional.jacobian(problem.reward, x)  # (S, A, n)
+
+    def direction(policy):
+        return by_x + torch.einsum("sa,san->n", m - policy * w[:, None], jacobian) / problem.tau
+
+    assert torch.allclose(found, direction(lam), atol=1e-12)
+    assert not torch.allclose(direction(pi), direction(lam), rtol=1e-2)
+
+
 def test_one_step_on_w_by_hand():
     problem = tiny()
     x, pi = problem.start, optimum(problem, problem.start)[1]
