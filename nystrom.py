@@ -51,26 +51,33 @@ def hessian_products(grad_fn, w):
 
 
 def loss_hessian_products(loss, parameters):
-    """The map u -> H u, as hessian_products, for the Hessian of a scalar loss by a module's parameters, p in
-    all."""
+    """As hessian_products, for the Hessian of a scalar loss by the parameters of a module, p numbers in all."""
     parameters = list(parameters)
-    gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+    optional = dict(create_graph=True, allow_unused=True, materialize_grads=True)
+    gradients = torch.autograd.grad(loss, parameters, **optional)
     return _derivative_products(torch.cat([g.flatten() for g in gradients]), parameters)
 
 
 def _derivative_products(gradient, parameters):
-    """u -> H u: H is symmetric, so that vector-Jacobian products of the gradient (p,) are Hessian-vector
-    products."""
+    """H is symmetric: vector-Jacobian products of the gradient (p,) are Hessian-vector products."""
+    p = len(gradient)
+    optional = dict(retain_graph=True, allow_unused=True)  # None for parameters in which the loss is linear
 
     def product(u):
-        if len(u) != len(gradient) or u.ndim > 2:
-            p = len(gradient)
+        if len(u) != p or u.ndim > 2:
             raise ValueError(f"u must have shape ({p},) or ({p}, q), got {tuple(u.shape)}")
+        u = u.detach()
+        if not gradient.requires_grad:  # the loss is linear
+            return torch.zeros_like(u)
         if u.ndim == 1:
-            parts = torch.autograd.grad(gradient, parameters, u, retain_graph=True)
-            return torch.cat([part.flatten() for part in parts])
-        parts = torch.autograd.grad(gradient, parameters, u.T, retain_graph=True, is_grads_batched=True)
-        return torch.cat([part.flatten(1) for part in parts], 1).T
+            parts = torch.autograd.grad(gradient, parameters, u, **optional)
+        else:
+            parts = torch.autograd.grad(gradient, parameters, u.T, is_grads_batched=True, **optional)
+        q = 1 if u.ndim == 1 else u.shape[1]
+        rows = []
+        for w, part in zip(parameters, parts):
+            rows.append(u.new_zeros(q, w.numel()) if part is None else part.reshape(q, w.numel()))
+        return torch.cat(rows, 1).T.reshape(u.shape)
 
     return product
 
@@ -154,8 +161,7 @@ def sketch_matrix(kind, v, rank, generator=None):
 
 
 def krylov_sketch(product, v, rank):
-    """Omega, an orthonormal basis of span{v, Hv, ..., H^(rank-1) v}, and Y = H Omega, both (p, rank) or
-    narrower."""
+    """Omega, an orthonormal basis of v, Hv, ..., H^(rank-1) v, and Y = H Omega, both (p, rank) or narrower."""
     omega = v.new_zeros(rank, len(v))  # rows, contiguous, until they are returned
     Y = v.new_zeros(rank, len(v))
     for j in range(rank):
@@ -178,8 +184,7 @@ def krylov_sketch(product, v, rank):
 
 def make_sketch(kind, product, v, rank, generator=None):
     """Omega and Y = H Omega of one of the SKETCHES; product maps u to H u, for u of shape (p,) or (p, q)."""
-    if v.ndim != 1:
-        raise ValueError(f"v must be a flat vector, got shape {tuple(v.shape)}")
+    v = _vector(v)
     if kind not in SKETCHES:
         raise ValueError(f"kind of sketch must be one of {SKETCHES}, got {kind!r}")
     if not 0 <= rank <= len(v):
@@ -200,7 +205,7 @@ def nystrom_solve(Y, omega, v, rho):
     error, in Y's own precision, are dropped. Returns x in v's dtype and info: "correction" = ||x - v / rho||
     / ||v / rho|| and "rank", the directions kept. Raises NotFinite where v or Y is not finite.
     """
-    scale = _check(v, rho)
+    v, scale = _checked(v, rho)
     if Y.shape != omega.shape or Y.ndim != 2 or len(Y) != len(v):
         shapes = f"{tuple(Y.shape)} and {tuple(omega.shape)}"
         raise ValueError(f"Y and omega must both have shape ({len(v)}, q), got {shapes}")
@@ -233,46 +238,69 @@ def nystrom_ihvp(product, v, rank=3, rho=50.0, sketch="krylov", generator=None):
 
 
 def cg_ihvp(product, v, rho=50.0, max_iters=50, tol=1e-5, preconditioner=None):
-    """Conjugate gradient on (H + rho I) x = v, one Hessian-vector product an iteration.
+    """Conjugate gradient on (H + rho I) x = v: one Hessian-vector product an iteration, and one to see the result.
 
-    Stops when ||r|| <= tol ||v||, after max_iters, or on a direction of non-positive or non-finite curvature,
-    where it keeps the x it has (v / rho if it has none). `preconditioner` maps a residual r (p,) to an
-    approximation of (H + rho I)^{-1} r, for example r -> nystrom_solve(Y, omega, r, rho)[0]. Returns x and
-    info: "correction" as in nystrom_solve, "residual" = ||(H + rho I) x - v|| / ||v||, "iterations" and
-    "negative_curvature". Raises NotFinite where v is not finite.
+    `preconditioner` maps a residual r (p,) to an approximation of (H + rho I)^{-1} r, for example
+    r -> nystrom_solve(Y, omega, r, rho)[0]. Returns x and info: "correction" as in nystrom_solve; "residual" =
+    ||(H + rho I) x - v|| / ||v||, measured; "iterations"; and "stopped", why:
+
+        "tolerance"     the measured residual is at most tol
+        "iterations"    there were max_iters of them
+        "curvature"     a direction of non-positive or non-finite curvature: H + rho I is not positive definite.
+                        x is what there was before it (v / rho if there was nothing)
+        "precision"     tol is below what v's dtype can reach: begun again from the measured residual, twice as many
+                        iterations no longer halve it
+
+    Raises NotFinite where v is not finite.
     """
-    scale = _check(v, rho)
+    v, scale = _checked(v, rho)
     if scale == 0:
-        nothing_to_do = {"correction": 0.0, "residual": 0.0, "iterations": 0, "negative_curvature": False}
-        return v / rho, nothing_to_do
+        return v / rho, {"correction": 0.0, "residual": 0.0, "iterations": 0, "stopped": "tolerance"}
     unit = _unit(v)
     norm_v = scale * float((v / scale).norm())  # no underflow
     x = torch.zeros_like(v)
-    r = unit
-    z = r if preconditioner is None else preconditioner(r)
-    rz = r @ z
-    direction = z
+    r = unit  # by recurrence, which drifts away from the true residual
+    residual = 1.0  # the true one, when it was last measured
     iterations = 0
-    negative_curvature = False
-    while iterations < max_iters and float(r.norm()) > tol:
-        image = product(direction) + rho * direction
-        curvature = float(direction @ image)
-        if not 0 < curvature < math.inf:
-            negative_curvature = True
-            break
-        step = rz / curvature
-        x = x + step * direction
-        r = r - step * image
+    stopped = None
+    while not stopped:
+        begun = iterations
+        before = x
         z = r if preconditioner is None else preconditioner(r)
-        rz, rz_old = r @ z, rz
-        direction = z + (rz / rz_old) * direction
-        iterations += 1
-    x = x if iterations else unit / rho
+        rz = r @ z
+        direction = z
+        while iterations < max_iters and float(r.norm()) > tol:
+            image = product(direction) + rho * direction
+            curvature = float(direction @ image)
+            if not 0 < curvature < math.inf:
+                stopped = "curvature"
+                break
+            step = rz / curvature
+            x = x + step * direction
+            r = r - step * image
+            z = r if preconditioner is None else preconditioner(r)
+            rz, rz_old = r @ z, rz
+            direction = z + (rz / rz_old) * direction
+            iterations += 1
+        if iterations == 0:
+            x = unit / rho
+        r = unit - product(x) - rho * x
+        measured = float(r.norm())
+        if begun and measured > residual / 2:
+            stopped = stopped or "precision"
+        if begun and measured > residual:
+            x = before  # which was better
+        else:
+            residual = measured
+        if residual <= tol:
+            stopped = "tolerance"
+        elif iterations >= max_iters:
+            stopped = stopped or "iterations"
     return x * norm_v, {
         "correction": float((rho * x - unit).norm()),
-        "residual": float(r.norm()) if iterations else math.nan,
+        "residual": residual,
         "iterations": iterations,
-        "negative_curvature": negative_curvature,
+        "stopped": stopped,
     }
 
 
@@ -299,16 +327,24 @@ def solve(method, product, v, rank=2, rho=50.0, sketch="krylov", cg_iters=50, ge
     return x, info["correction"]
 
 
-def _check(v, rho):
-    """The largest |v_i|, if v and rho are what a solver can take."""
-    if v.ndim != 1:
-        raise ValueError(f"v must be a flat vector, got shape {tuple(v.shape)}")
+def _vector(v):
+    """v, if it is what a solver can take, without its history: nothing here is differentiable in v."""
+    if v.ndim != 1 or len(v) == 0:
+        raise ValueError(f"v must be a flat vector, not empty, got shape {tuple(v.shape)}")
+    if v.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"v must be float32 or float64, got {v.dtype}: convert it, and what multiplies H")
+    return v.detach()
+
+
+def _checked(v, rho):
+    """v without its history, and the largest |v_i|."""
+    v = _vector(v)
     scale = float(v.abs().max())
     if not math.isfinite(scale):
         raise NotFinite("v must be a flat vector of finite numbers")
     if not 0 < rho < math.inf:
         raise ValueError(f"rho must be positive and finite, got {rho}")
-    return scale
+    return v, scale
 
 
 def _unit(v):
