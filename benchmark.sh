@@ -1,187 +1,389 @@
 #!/usr/bin/env bash
-# Methods x environments x seeds, one single-threaded process each, as many at once as there are cores; then table and figures.
+# Methods x environments x seeds, each run a single-threaded process, as many at once as there are cores; then
+# tables and figures.
 #
-#     bash benchmark.sh                                                   # what the README shows, hours
-#     ENVS="Hopper-v4 CartPole-v1" SEEDS="1 2 3" METHODS="blpo nested" STEPS=200000 JOBS=4 RUNS_DIR=runs-short bash benchmark.sh
-#     bash benchmark.sh --dry-run                                         # only print the commands
-#     LAUNCHER=slurm PARTITION=cpu SBATCH="--time=2:00:00" bash benchmark.sh     # the same jobs as one Slurm array
+#     bash benchmark.sh                                  # what the README shows, hours
+#     ENVS="Hopper-v4 CartPole-v1" SEEDS="1 2 3" METHODS="blpo nested" STEPS=200000 JOBS=4 \
+#         RUNS_DIR=runs-short bash benchmark.sh
+#     bash benchmark.sh --dry-run                        # only print the commands
+#     LAUNCHER=slurm PARTITION=cpu SBATCH="--time=2:00:00" bash benchmark.sh    # as one Slurm array
 #
-# Start it again after anything, Ctrl-C and power cuts included: finished runs are skipped, interrupted ones go on from their
-# checkpoint. Two at once share the work: a job is locked while a process of it lives. Settings are environment variables:
-#     ENVS, SEEDS, METHODS   lists of words, or of lines if they contain any line break (METHODS: see flags_of below)
-#     STEPS                  environment steps of each run (1,000,000 with continuous, 500,000 with discrete actions)
-#     JOBS                   processes at once (number of cores)
-#     FLAGS                  further flags for every run, "--hidden-size 128" for example
-#     RUNS_DIR (runs, one for each choice of STEPS and FLAGS), RESULTS_DIR (RUNS_DIR/results), FIGURES_DIR (RUNS_DIR/figures), PYTHON (python)
+# Start it again after anything, Ctrl-C and power cuts included: finished runs are skipped, interrupted ones
+# go on from their checkpoint. Two at once share the work: a job is locked while a process of it lives.
+#
+# Settings are environment variables:
+#     ENVS, SEEDS, METHODS  lists of words, or of lines if they contain any line break
+#                           (METHODS: see method_command)
+#     STEPS                 environment steps of each run
+#                           (1,000,000 with continuous, 500,000 with discrete actions)
+#     JOBS                  processes at once (number of cores)
+#     FLAGS                 further flags for every run, "--hidden-size 128" for example
+#     RUNS_DIR              folder of the run folders, one for each choice of STEPS and FLAGS (runs)
+#     RESULTS_DIR           folder of the tables (RUNS_DIR/results)
+#     FIGURES_DIR           folder of the figures (RUNS_DIR/figures)
+#     PYTHON                the interpreter (python)
+#     LAUNCHER              local, or slurm, which also reads PARTITION and SBATCH (options of sbatch)
 set -euo pipefail
 
-fail() { echo "error: $*" >&2; exit 2; }
-((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 501)) || fail "benchmark.sh needs bash 5.1 or newer, this is $BASH_VERSION"
-command -v flock > /dev/null || fail "benchmark.sh needs flock (util-linux)"
+fail() { # ends the script with status 2 and the line $*
+    printf 'error: %s\n' "$*" >&2
+    exit 2
+}
 
-HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-RUNS_DIR=${RUNS_DIR:-runs} PYTHON=${PYTHON:-python} JOBS=${JOBS:-$(nproc)} LAUNCHER=${LAUNCHER:-local} STEPS=${STEPS:-}
-[[ $JOBS =~ ^[1-9][0-9]*$ ]] || fail "JOBS must be a positive number, got $JOBS"
-[[ $STEPS =~ ^([1-9][0-9]*)?$ ]] || fail "STEPS must be a positive number, got $STEPS"
-[[ $LAUNCHER == local || $LAUNCHER == slurm ]] || fail "LAUNCHER must be local or slurm, got $LAUNCHER"
-"$PYTHON" -c 'import gymnasium, torch' 2> /dev/null || fail "PYTHON=$PYTHON finds no gymnasium or torch: pip install -r requirements.txt"
+# Settings
 
-words() { # fills the array named $1 from the text $2: lines if there is a line break in it, else words; never a pattern
+check_machine() {
+    ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 501)) ||
+        fail "benchmark.sh needs bash 5.1 or newer, this is $BASH_VERSION"
+    command -v flock > /dev/null || fail "benchmark.sh needs flock (util-linux)"
+}
+
+words() { # fills the array named $1 from the text $2: lines if there is a line break in it, else words
     if [[ $2 == *$'\n'* ]]; then
         mapfile -t "$1" < <(sed -E 's/^[[:space:]]+//; s/[[:space:]]+$//; /^$/d' <<< "$2")
     else
         read -r -a "$1" <<< "$2"
     fi
 }
-words envs "${ENVS-Walker2d-v4 Hopper-v4 CartPole-v1 Acrobot-v1}"
-words seeds "${SEEDS-1 2 3 4 5}"
-words methods "${METHODS-ppo-matched nested blpo}"
-words extra "${FLAGS-}"
-for seed in "${seeds[@]}"; do [[ $seed =~ ^(0|[1-9][0-9]*)$ ]] || fail "SEEDS must be numbers without leading zeros, got $seed"; done
 
-flags_of() { # the script and the flags of method $1 for $2 (continuous or discrete) actions, in the array `command`
+read_settings() { # sets the variables of the first lines, and the arrays envs, seeds, methods and extra_flags
+    RUNS_DIR=${RUNS_DIR:-runs}
+    PYTHON=${PYTHON:-python}
+    JOBS=${JOBS:-$(nproc)}
+    LAUNCHER=${LAUNCHER:-local}
+    STEPS=${STEPS:-}
+    FLAGS=${FLAGS:-}
+    # mkdir, grep and tail would take a folder like -x for an option.
+    [[ $RUNS_DIR != -* ]] || RUNS_DIR=./$RUNS_DIR
+
+    [[ $JOBS =~ ^[1-9][0-9]*$ ]] || fail "JOBS must be a positive number, got $JOBS"
+    [[ $STEPS =~ ^([1-9][0-9]*)?$ ]] || fail "STEPS must be a positive number, got $STEPS"
+    [[ $LAUNCHER == local || $LAUNCHER == slurm ]] || fail "LAUNCHER must be local or slurm, got $LAUNCHER"
+    "$PYTHON" -c 'import gymnasium, torch' 2> /dev/null ||
+        fail "PYTHON=$PYTHON finds no gymnasium or torch: pip install -r requirements.txt"
+
+    words envs "${ENVS-Walker2d-v4 Hopper-v4 CartPole-v1 Acrobot-v1}"
+    words seeds "${SEEDS-1 2 3 4 5}"
+    words methods "${METHODS-ppo-matched nested blpo}"
+    words extra_flags "$FLAGS"
+    local seed method
+    for seed in "${seeds[@]}"; do
+        [[ $seed =~ ^(0|[1-9][0-9]*)$ ]] || fail "SEEDS must be numbers without leading zeros, got $seed"
+    done
+    for method in "${methods[@]}"; do
+        method_command "$method" continuous # refuses what it does not know
+    done
+}
+
+method_command() { # sets script and method_flags for method $1 and $2 (continuous or discrete) actions
+    # BLPO's loss, one trajectory a minibatch, and its step sizes; with continuous actions its rollouts, too.
+    # With discrete actions the rollouts of both scripts are the same by default.
     local matched=(--trajectory-minibatches --critic-lr 1e-3 --no-clip-vloss --vf-coef 2 --no-joint-grad-clip)
+    local matched_rollouts=(--num-envs 8 --num-steps 256 --num-minibatches 8)
+    matched_rollouts+=(--update-epochs 5 --actor-lr 6e-4)
+    script=blpo_$2.py
+    method_flags=()
     case $1 in
-        blpo) command=("blpo_$2.py") ;;
-        blpo-released | control) command=("blpo_$2.py" --hypergradient "${1#blpo-}") ;;
-        blpo-cg | blpo-pcg) command=("blpo_$2.py" --ihvp "${1#blpo-}") ;;
-        nested) command=("blpo_$2.py" --ihvp none) ;;
-        ppo) command=("ppo_$2.py") ;; # CleanRL's details and flags
-        ppo-matched) # BLPO's rollouts, minibatches and step sizes
-            command=("ppo_$2.py" "${matched[@]}")
-            if [[ $2 == continuous ]]; then
-                command+=(--num-envs 8 --num-steps 256 --num-minibatches 8 --update-epochs 5 --actor-lr 6e-4)
-            fi ;;
-        *) fail "METHODS knows ppo, ppo-matched, nested, control, blpo, blpo-released, blpo-cg and blpo-pcg, not $1" ;;
+        blpo) ;;
+        blpo-released | control) method_flags=(--hypergradient "${1#blpo-}") ;;
+        blpo-cg | blpo-pcg) method_flags=(--ihvp "${1#blpo-}") ;;
+        nested) method_flags=(--ihvp none) ;;
+        ppo) script=ppo_$2.py ;; # CleanRL's details and flags
+        ppo-matched)
+            script=ppo_$2.py
+            method_flags=("${matched[@]}")
+            [[ $2 == discrete ]] || method_flags+=("${matched_rollouts[@]}")
+            ;;
+        *)
+            local known="ppo, ppo-matched, nested, control, blpo, blpo-released, blpo-cg and blpo-pcg"
+            fail "METHODS knows $known, not $1"
+            ;;
     esac
 }
-for method in "${methods[@]}"; do flags_of "$method" continuous; done # refuses unknown ones
 
-# Which script an environment needs: asked once, of Gymnasium. What cannot be made fails as a job, with its reason in the log.
-mapfile -t kinds < <("$PYTHON" -W ignore - "${envs[@]}" <<< '
+# Jobs: a job is an index into the arrays job_envs, job_kinds, job_methods, job_seeds and job_names
+
+kinds_of_actions() { # prints continuous or discrete, a line for each of the environments $@
+    # What cannot be made is called continuous, and fails later as a job, with its reason in the log. What the
+    # modules of environments print when they are imported is no answer, and goes where errors go.
+    "$PYTHON" -W ignore - "$@" 2> /dev/null <<< '
 import os, sys, gymnasium
 answers = os.fdopen(os.dup(1), "w", buffering=1)
-os.dup2(2, 1)  # what the modules of environments print when imported is no answer
+os.dup2(2, 1)
 for env_id in sys.argv[1:]:
     try:
         space = gymnasium.make(env_id, disable_env_checker=True).action_space
     except BaseException:
         space = None
     print("discrete" if isinstance(space, gymnasium.spaces.Discrete) else "continuous", file=answers)
-' 2> /dev/null)
-names=() jobs=() # a job: environment, method, seed, kind of actions, in lines; seeds outermost, so that early results compare
-for seed in "${seeds[@]}"; do
-    for i in "${!envs[@]}"; do
-        for method in "${methods[@]}"; do
-            jobs+=("${envs[i]}"$'\n'"$method"$'\n'"$seed"$'\n'"${kinds[i]:-continuous}")
-            names+=("$(LC_ALL=C sed -E 's/[^A-Za-z0-9_.-]+/-/g' <<< "${envs[i]}__${method}__$seed")") # as the run folders
+'
+}
+
+folder_name() { # prints $1 as the scripts spell it in the names of their run folders
+    LC_ALL=C sed -E 's/[^A-Za-z0-9_.-]+/-/g' <<< "$1"
+}
+
+list_jobs() { # fills the arrays of jobs, seeds outermost, so that early results compare
+    local kinds seed method i
+    mapfile -t kinds < <(kinds_of_actions "${envs[@]}")
+    job_envs=() job_kinds=() job_methods=() job_seeds=() job_names=()
+    for seed in "${seeds[@]}"; do
+        for i in "${!envs[@]}"; do
+            for method in "${methods[@]}"; do
+                job_envs+=("${envs[i]}")
+                job_kinds+=("${kinds[i]:-continuous}")
+                job_methods+=("$method")
+                job_seeds+=("$seed")
+                job_names+=("$(folder_name "${envs[i]}__${method}__$seed")")
+            done
         done
     done
-done
-
-plan() { # what is left of job $1: prints nothing and returns 1 if it is finished, else sets `command`
-    local env method seed kind steps folder going=
-    { read -r env; read -r method; read -r seed; read -r kind; } <<< "${jobs[$1]}"
-    steps=${STEPS:-$([[ $kind == discrete ]] && echo 500000 || echo 1000000)}
-    for folder in "$RUNS_DIR/${names[$1]}"__[0-9]*; do
-        [[ -e $folder/config.json ]] || continue
-        grep -qE "\"total_timesteps\": $steps,?$" "$folder/config.json" || fail "RUNS_DIR=$RUNS_DIR has $folder with other STEPS than $steps: name another RUNS_DIR"
-        [[ -e $folder/evaluation.csv ]] && return 1
-        if compgen -G "$folder/checkpoint*.pt" > /dev/null; then going=$folder; fi
-    done
-    flags_of "$method" "$kind"
-    if [[ $going ]]; then
-        command=("$PYTHON" "$HERE/${command[0]}" --resume "$going")
-    else
-        command=("$PYTHON" "$HERE/${command[0]}" "--env-id=$env" "--exp-name=$method" "--seed=$seed" "--total-timesteps=$steps"
-            "--runs-dir=$RUNS_DIR" "${command[@]:1}" "${extra[@]}")
-    fi
 }
 
-work() { # job $1, in a process of its own; 75 if another process has it and $2 is not "wait"
-    exec 9> "$RUNS_DIR/locks/${names[$1]}" # closed, and with it the lock, when this process, by then Python, ends
-    if [[ $2 == wait ]]; then flock 9; else flock -n 9 || exit 75; fi
+has_checkpoint() { # whether the run folder $1 can be resumed
+    local file
+    for file in "$1"/checkpoint*.pt; do # the folder is quoted: a star in its name is a star
+        if [[ -e $file ]]; then return 0; fi
+    done
+    return 1
+}
+
+plan() { # sets command to what is left to do of job $1, or returns 1 if it is finished
+    local steps=$STEPS folder unfinished=
+    if [[ ! $steps && ${job_kinds[$1]} == discrete ]]; then steps=500000; fi
+    if [[ ! $steps ]]; then steps=1000000; fi
+    for folder in "$RUNS_DIR/${job_names[$1]}"__[0-9]*; do
+        [[ -e $folder/config.json ]] || continue
+        grep -qE "\"total_timesteps\": $steps,?$" "$folder/config.json" ||
+            fail "RUNS_DIR=$RUNS_DIR has $folder with other STEPS than $steps: name another RUNS_DIR"
+        if [[ -e $folder/evaluation.csv ]]; then return 1; fi
+        if has_checkpoint "$folder"; then unfinished=$folder; fi
+    done
+
+    method_command "${job_methods[$1]}" "${job_kinds[$1]}"
+    command=("$PYTHON" "$HERE/$script")
+    if [[ $unfinished ]]; then
+        command+=(--resume "$unfinished")
+        return
+    fi
+    command+=(
+        "--env-id=${job_envs[$1]}"
+        "--exp-name=${job_methods[$1]}"
+        "--seed=${job_seeds[$1]}"
+        "--total-timesteps=$steps"
+        "--runs-dir=$RUNS_DIR"
+        "${method_flags[@]}"
+        "${extra_flags[@]}"
+    )
+}
+
+LOCKED=75 # status of a job that another process has: EX_TEMPFAIL of sysexits.h
+
+work() { # becomes the process of job $1; waits for another one that has the job ($2: wait) or ends ($2: now)
+    # The lock is held until this process, by then Python, ends.
+    exec 9> "$RUNS_DIR/locks/${job_names[$1]}"
+    if [[ $2 == wait ]]; then
+        flock 9
+    else
+        flock -n 9 || exit "$LOCKED"
+    fi
     plan "$1" || exit 0
     export OMP_NUM_THREADS=1
-    exec "${command[@]}" >> "$RUNS_DIR/logs/${names[$1]}.log" 2>&1
+    exec "${command[@]}" >> "$RUNS_DIR/logs/${job_names[$1]}.log" 2>&1
 }
 
-if [[ ${1-} == --dry-run ]]; then
-    for i in "${!jobs[@]}"; do
-        if plan "$i"; then printf '%q ' "${command[@]}" && echo; fi
+# What is done with the jobs
+
+dry_run() { # prints the commands of what is left, quoted for a shell
+    local job
+    for job in "${!job_names[@]}"; do
+        if plan "$job"; then
+            printf '%q ' "${command[@]}"
+            printf '\n'
+        fi
     done
-    exit
-fi
-mkdir -p "$RUNS_DIR/locks" "$RUNS_DIR/logs"
-[[ -e $RUNS_DIR/flags ]] || printf '%s\n' "${FLAGS-}" > "$RUNS_DIR/flags"
-[[ $(< "$RUNS_DIR/flags") == "${FLAGS-}" ]] || fail "RUNS_DIR=$RUNS_DIR has runs with FLAGS='$(< "$RUNS_DIR/flags")', not '${FLAGS-}': name another RUNS_DIR"
-if [[ ${1-} == --job ]]; then # one job by its number: what an element of the Slurm array does
-    work "$2" wait
-fi
-[[ $# == 0 ]] || fail "benchmark.sh knows --dry-run, not $*: settings are environment variables (see its first lines)"
-if [[ $LAUNCHER == slurm ]]; then
-    export ENVS SEEDS METHODS STEPS FLAGS RUNS_DIR PYTHON 2> /dev/null
-    words options "${SBATCH-}"
-    id=$(sbatch --parsable --job-name=blpo --array="0-$((${#jobs[@]} - 1))%$JOBS" --ntasks=1 --cpus-per-task=1 --export=ALL \
-        ${PARTITION:+"--partition=$PARTITION"} --output="$RUNS_DIR/logs/slurm-%A_%a.log" "${options[@]}" \
-        --wrap "exec bash $(printf '%q' "$HERE/benchmark.sh") --job \$SLURM_ARRAY_TASK_ID")
-    echo "Slurm array $id of ${#jobs[@]} jobs, results into $RUNS_DIR; afterwards: python plot.py --runs-dir $RUNS_DIR"
-    exit
-fi
+}
 
+prepare_runs_dir() { # makes RUNS_DIR, and refuses one whose runs have other FLAGS
+    local theirs ours
+    mkdir -p "$RUNS_DIR/locks" "$RUNS_DIR/logs"
+    [[ -e $RUNS_DIR/flags ]] || printf '%s\n' "$FLAGS" > "$RUNS_DIR/flags"
+    theirs=$(< "$RUNS_DIR/flags")
+    ours=$(printf '%s\n' "$FLAGS") # without line breaks at its end, as theirs
+    [[ $theirs == "$ours" ]] ||
+        fail "RUNS_DIR=$RUNS_DIR has runs with FLAGS='$theirs', not '$ours': name another RUNS_DIR"
+}
+
+work_as_array_element() { # the job with the number $1: what an element of the Slurm array runs
+    [[ $1 =~ ^(0|[1-9][0-9]*)$ && ${job_names[$1]+known} ]] ||
+        fail "--job must be the number of a job, got $1"
+    work "$1" wait
+}
+
+quoted() { # prints $1 in single quotes, which every shell reads: Slurm runs its commands by /bin/sh
+    printf "'%s'" "${1//\'/\'\\\'\'}"
+}
+
+submit_to_slurm() { # hands all jobs to Slurm, as one array of which JOBS run at once
+    local options id arguments
+    words options "${SBATCH-}"
+    arguments=(
+        --parsable
+        --job-name=blpo
+        "--array=0-$((${#job_names[@]} - 1))%$JOBS"
+        --ntasks=1
+        --cpus-per-task=1
+        --export=ALL
+        "--output=${RUNS_DIR//%/%%}/logs/slurm-%A_%a.log" # Slurm replaces what follows a single %
+    )
+    [[ ! ${PARTITION-} ]] || arguments+=("--partition=$PARTITION")
+    arguments+=("${options[@]}")
+    arguments+=(--wrap "exec bash $(quoted "$HERE/benchmark.sh") --job \$SLURM_ARRAY_TASK_ID")
+    export ENVS SEEDS METHODS STEPS FLAGS RUNS_DIR PYTHON # those that are not set stay so
+    id=$(sbatch "${arguments[@]}")
+    local afterwards="python tools/plot.py --runs-dir $(quoted "$RUNS_DIR")"
+    printf '%s\n' "Slurm array $id of ${#job_names[@]} jobs, results into $RUNS_DIR; afterwards: $afterwards"
+}
+
+# The queue on this machine. Its state:
 declare -A running=() # process id -> job
-queue=() later=() failed=() finished=0 fresh=0 mode=now began=$SECONDS
-for i in "${!jobs[@]}"; do
-    if plan "$i"; then queue+=("$i"); else finished=$((finished + 1)); fi
-done
-stop() {
-    trap '' INT TERM
-    echo "stopping ${#running[@]} jobs at the end of their iterations; start again to go on" >&2
-    kill -TERM "${!running[@]}" 2> /dev/null
-    wait
-    exit $((128 + $1))
+queue=()              # jobs to start
+later=()              # jobs that another benchmark.sh has: their turn comes when ours are done
+failed=()             # jobs
+finished=0            # number of jobs, those that were finished before included
+fresh=0               # number of jobs that have been finished here
+mode=now              # second argument of work
+began=$SECONDS
+ended=                # the process id of the last job that ended
+status=0              # and its status
+
+fill_queue() {
+    local job
+    for job in "${!job_names[@]}"; do
+        if plan "$job"; then
+            queue+=("$job")
+        else
+            finished=$((finished + 1))
+        fi
+    done
 }
-trap 'stop 2' INT
-trap 'stop 15' TERM
-report() {
-    local left=""
-    if ((fresh > 0)); then
-        local seconds=$(((SECONDS - began) * (${#jobs[@]} - finished - ${#failed[@]}) / fresh))
-        left=", about $((seconds / 3600)) h $((seconds % 3600 / 60)) min left"
+
+start_jobs() { # as many as may run
+    if ((${#queue[@]} == 0 && ${#running[@]} == 0)); then # only those are left that others have
+        queue=("${later[@]}")
+        later=()
+        mode=wait
     fi
-    echo "$finished of ${#jobs[@]} done, ${#running[@]} running, ${#failed[@]} failed$left"
-}
-report
-while ((${#queue[@]} + ${#later[@]} + ${#running[@]})); do
-    if ((${#queue[@]} == 0 && ${#running[@]} == 0)); then queue=("${later[@]}") later=() mode=wait; fi # others have had their turn
+    local job
     while ((${#queue[@]} && ${#running[@]} < JOBS)); do
-        job=${queue[0]} queue=("${queue[@]:1}")
+        job=${queue[0]}
+        queue=("${queue[@]:1}")
         (work "$job" "$mode") &
         running[$!]=$job
     done
-    status=0 pid=
-    wait -n -p pid "${!running[@]}" 2> /dev/null || status=$?
-    if [[ ! ${pid-} ]]; then # bash forgets children that a signal killed while it was not waiting
-        for one in "${!running[@]}"; do
+}
+
+wait_for_one() { # sets ended to the process id of a job that has ended, and status to its status
+    local one
+    ended=
+    while [[ ! $ended ]]; do
+        status=0
+        wait -n -p ended "${!running[@]}" 2> /dev/null || status=$?
+        if [[ ${ended-} ]]; then return; fi # -p leaves it unset where there was nothing to wait for
+        ended=
+        for one in "${!running[@]}"; do # bash forgets children that a signal killed while it was not waiting
             if kill -0 "$one" 2> /dev/null; then continue; fi
-            pid=$one status=0
+            ended=$one
+            status=0
             wait "$one" 2> /dev/null || status=$?
             break
         done
-    fi
-    [[ ${pid-} ]] || continue
-    job=${running[$pid]}
-    unset "running[$pid]"
-    case $status in
-        0) finished=$((finished + 1)) fresh=$((fresh + 1)) && report ;;
-        75) later+=("$job") ;;
-        *) failed+=("$job") && report ;;
+    done
+}
+
+record() { # process $1 has ended with status $2: enters its job where it belongs
+    local job=${running[$1]}
+    unset "running[$1]"
+    case $2 in
+        0)
+            finished=$((finished + 1))
+            fresh=$((fresh + 1))
+            ;;
+        "$LOCKED") later+=("$job") ;;
+        *) failed+=("$job") ;;
     esac
-done
-for job in "${failed[@]}"; do
-    echo "failed: ${names[job]}, the end of $RUNS_DIR/logs/${names[job]}.log:" >&2
-    tail -n 3 "$RUNS_DIR/logs/${names[job]}.log" | sed 's/^/    /' >&2
-done
-((finished == 0)) || "$PYTHON" "$HERE/plot.py" --runs-dir "$RUNS_DIR" --results-dir "${RESULTS_DIR:-$RUNS_DIR/results}" \
-    --figures-dir "${FIGURES_DIR:-$RUNS_DIR/figures}"
-exit $((${#failed[@]} > 0))
+}
+
+report() { # prints a line on how far the queue is
+    local left="" seconds
+    if ((fresh > 0)); then
+        seconds=$(((SECONDS - began) * (${#job_names[@]} - finished - ${#failed[@]}) / fresh))
+        left=", about $((seconds / 3600)) h $((seconds % 3600 / 60)) min left"
+    fi
+    printf '%s\n' "$finished of ${#job_names[@]} done, ${#running[@]} running, ${#failed[@]} failed$left"
+}
+
+stop() { # on signal number $1: lets the jobs write their checkpoints, and ends
+    trap '' INT TERM
+    printf '%s\n' "stopping ${#running[@]} jobs at the end of their iterations; start again to go on" >&2
+    kill -TERM "${!running[@]}" 2> /dev/null || true # there may be none
+    wait
+    exit $((128 + $1))
+}
+
+show_failures() {
+    local job log
+    for job in "${failed[@]}"; do
+        log=$RUNS_DIR/logs/${job_names[$job]}.log
+        printf '%s\n' "failed: ${job_names[$job]}, the end of $log:" >&2
+        if [[ -e $log ]]; then tail -n 3 "$log" | sed 's/^/    /' >&2; fi
+    done
+}
+
+draw_results() {
+    "$PYTHON" "$HERE/tools/plot.py" "--runs-dir=$RUNS_DIR" "--results-dir=${RESULTS_DIR:-$RUNS_DIR/results}" \
+        "--figures-dir=${FIGURES_DIR:-$RUNS_DIR/figures}"
+}
+
+run_local_queue() {
+    local reported=
+    fill_queue
+    trap 'stop 2' INT
+    trap 'stop 15' TERM
+    while true; do
+        start_jobs
+        if [[ $reported != "$finished ${#failed[@]}" ]]; then # what another benchmark.sh has is no news
+            report
+            reported="$finished ${#failed[@]}"
+        fi
+        if ((${#running[@]} == 0)); then break; fi
+        wait_for_one
+        record "$ended" "$status"
+    done
+    show_failures
+    ((finished == 0)) || draw_results
+    exit $((${#failed[@]} > 0))
+}
+
+main() {
+    check_machine
+    HERE=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+    read_settings
+    list_jobs
+    if [[ ${1-} == --dry-run ]]; then
+        dry_run
+        return
+    fi
+    [[ $# == 0 || $1 == --job ]] ||
+        fail "benchmark.sh knows --dry-run, not $*: settings are environment variables (see its first lines)"
+    prepare_runs_dir
+    if [[ $# != 0 ]]; then
+        work_as_array_element "${2-}"
+    elif [[ $LAUNCHER == slurm ]]; then
+        submit_to_slurm
+    else
+        run_local_queue
+    fi
+}
+
+main "$@"

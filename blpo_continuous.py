@@ -1,10 +1,11 @@
 """Bilevel policy optimization (BLPO) with Nystrom hypergradients, for continuous actions, in one file.
 
 Prakash, He, Goktas & Greenwald, "Bi-Level Policy Optimization with Nystrom Hypergradients", arXiv:2505.11714.
-The actor (parameters theta) leads, the critic (omega) follows. For every minibatch of whole trajectories:
+The actor (parameters theta) leads, the critic V (omega) follows. For every minibatch of whole trajectories, B
+steps with advantages A and lambda-returns R:
 
     1. K_omega critic steps on g = mean (R - V)^2: the critic best-responds before the actor moves ("nesting")
-    2. v = grad_omega f                     f: the leader's objective, differentiable in omega through GAE
+    2. v = grad_omega f                     f: the leader's loss, minus the mean lambda-return
     3. x = (H + rho I)^{-1} v               H = grad^2_omega g, by the Nystrom method (nystrom.py)
     4. h = grad_theta f - (grad^2_theta,omega g) x        the hypergradient
     5. one actor step along -h
@@ -16,7 +17,7 @@ policy gradient, with w_k = grad V(s_k) . x and c_k = sum_{t <= k, same episode}
 
 and costs one backward pass through the actor. tests/test_math.py proves it, with the distribution of visited
 states held fixed. Deliberate deviations from the paper: README.md, "Which hypergradient?".
-`diff ppo_continuous.py blpo_continuous.py` is the method: what PPO does not have is marked `# BLPO:`.
+`diff ppo_continuous.py blpo_continuous.py` is the method: what it adds is marked `# BLPO:`.
 """
 
 import math
@@ -33,10 +34,11 @@ import torch.nn as nn
 
 from nystrom import Jacobian, gauss_newton_products, loss_hessian_products, solve  # BLPO:
 from support import evaluation
+from support.acting import numpy_policy
 from support.command import start
-from support.environments import Environments, numpy_policy
-from support.flags import Bound, Clip, Count, Every, Fraction, Name, Norm
-from support.flags import Positive, RunFlags, Size, StepSize, Weight
+from support.environments import Environments
+from support.flags import Count, Name, Natural, NonNegative, NonNegativeOrInf, Positive, PositiveOrInf
+from support.flags import RunFlags, Size, UnitInterval, UnitStep, UpTo1000
 from support.run_folder import Metrics, Run, finite
 
 
@@ -54,17 +56,17 @@ class Args(RunFlags):
     """minibatches per epoch, of whole trajectories: must divide num_envs"""
     update_epochs: Count = 5
     """passes over a rollout"""
-    actor_lr: StepSize = 6e-4
+    actor_lr: UnitStep = 6e-4
     """Adam step size of the actor"""
-    critic_lr: StepSize = 1e-3
+    critic_lr: UnitStep = 1e-3
     """Adam step size of the critic"""
     anneal_lr: bool = True
     """decay both step sizes linearly to 0 over the iterations"""
     hidden_size: Size = 64
     """width of the two hidden layers, in both networks"""
-    gamma: Fraction = 0.99
+    gamma: UnitInterval = 0.99
     """discount factor"""
-    gae_lambda: Fraction = 0.95
+    gae_lambda: UnitInterval = 0.95
     """lambda of generalised advantage estimation"""
     norm_obs: bool = True
     """normalise observations by running statistics, shared by all environments"""
@@ -72,11 +74,11 @@ class Args(RunFlags):
     """divide rewards by the running standard deviation of the discounted return"""
     norm_adv: bool = True
     """normalise advantages per minibatch"""
-    clip_coef: Norm = 0.2
+    clip_coef: UpTo1000 = 0.2
     """clip range of the probability ratio"""
-    ent_coef: Weight = 0.0
+    ent_coef: NonNegative = 0.0
     """weight of the entropy bonus"""
-    max_grad_norm: Norm = 0.5
+    max_grad_norm: UpTo1000 = 0.5
     """gradient norm at which each network's gradient is clipped"""
     # BLPO:
     nested_critic_steps: Count = 2
@@ -86,7 +88,7 @@ class Args(RunFlags):
     hypergradient: Literal["exact", "released", "control"] = "exact"
     """"exact": the total derivative, with the distribution of visited states held fixed; "released": as in
     the authors' code; "control": the plain advantage in place of the implicit weights"""
-    nystrom_rank: Every = 2
+    nystrom_rank: Natural = 2
     """Hessian-vector products in the sketch"""
     nystrom_rho: Positive = 50.0
     """damping rho of the critic's Hessian (the poster's alpha), for every solver"""
@@ -96,20 +98,20 @@ class Args(RunFlags):
     """products with (2/B) J^T J, J the critic's Jacobian, or with the full Hessian, by double backward"""
     cg_iters: Count = 50
     """iterations of cg and pcg at most; they stop earlier at a relative residual of 1e-3"""
-    implicit_bound: Bound = 1.0
+    implicit_bound: NonNegativeOrInf = 1.0
     """largest norm of the implicit term in units of that of grad_theta f (inf: unbounded)"""
-    implicit_clip: Clip = 0.5
+    implicit_clip: PositiveOrInf = 0.5
     """clip range of the probability ratio in the implicit term (inf: unclipped)"""
 
 
 def check_args(args: Args) -> None:
-    """What the range of no single flag can say; every message names the flag and the fix."""
+    """Rules between several flags; the range of a single one is part of its type."""
     rollout = args.num_envs * args.num_steps
     args.require("total_timesteps", args.total_timesteps >= rollout, f"be a rollout at least, {rollout}")
     divides = args.num_envs % args.num_minibatches == 0
     args.require("num_minibatches", divides, f"divide --num-envs {args.num_envs}")
     args.require("num_steps", rollout * args.num_steps < 2**31, "keep num_envs * num_steps^2 below 2^31")
-    enough = not args.norm_adv or rollout >= 2 * args.num_minibatches
+    enough = rollout >= (2 if args.norm_adv else 1) * args.num_minibatches
     args.require("num_minibatches", enough, "leave two steps to a minibatch, or come with --no-norm-adv")
 
 
@@ -189,7 +191,7 @@ class Batch(NamedTuple):
     rewards: torch.Tensor  # (N, T)
     terminated: torch.Tensor  # (N, T), 1. where the episode terminated (truncation does not count)
     cut: torch.Tensor  # (N, T), True where next_obs is not the next obs: episode ends and the last step
-    gae_matrix: torch.Tensor  # (N, T, T)
+    Gamma: torch.Tensor  # (N, T, T), the matrix of gae_matrix
 
 
 def gae_matrix(done, gamma: float, gae_lambda: float):
@@ -214,26 +216,26 @@ def split_values(stacked, cut):
     return values, values.roll(-1, 1).masked_scatter(cut, stacked[cut.numel() :])
 
 
-def gae(rewards, values, next_values, terminated, matrix, gamma: float):
+def gae(rewards, values, next_values, terminated, Gamma, gamma: float):
     """A = Gamma delta, delta = r + gamma (1 - terminated) V(s') - V(s), all (N, T); differentiable in V."""
     delta = rewards + gamma * (1 - terminated) * next_values - values
-    return (matrix @ delta.unsqueeze(-1)).squeeze(-1)
+    return (Gamma @ delta.unsqueeze(-1)).squeeze(-1)
 
 
 @torch.no_grad()
 def make_batch(rollout, actor: Actor, critic: Critic, args: Args) -> tuple[Batch, float]:
-    """Advantages and regression targets, from the critic as it is now, and how much of them it explains."""
-    tensors = [torch.as_tensor(array, device=args.device) for array in rollout]
+    """Advantages and targets from the critic as it is now, and the share of their variance it explains."""
+    tensors = [torch.as_tensor(array, device=args.device) for array in rollout]  # they share its memory
     obs, next_obs, actions, rewards, terminated, done = tensors
     cut = done.clone()
     cut[:, -1] = True
-    matrix = gae_matrix(done, args.gamma, args.gae_lambda)
+    Gamma = gae_matrix(done, args.gamma, args.gae_lambda)
     values, next_values = split_values(critic(stacked_obs(obs, next_obs, cut)), cut)
-    advantages = gae(rewards, values, next_values, terminated, matrix, args.gamma)
+    advantages = gae(rewards, values, next_values, terminated, Gamma, args.gamma)
     returns = advantages + values
     explained_variance = float(1 - (returns - values).var() / returns.var().clamp_min(1e-12))
     logprobs = actor.log_prob(obs, actions)
-    batch = Batch(obs, actions, logprobs, advantages, returns, next_obs, rewards, terminated, cut, matrix)
+    batch = Batch(obs, actions, logprobs, advantages, returns, next_obs, rewards, terminated, cut, Gamma)
     return batch, explained_variance
 
 
@@ -241,12 +243,12 @@ def make_batch(rollout, actor: Actor, critic: Critic, args: Args) -> tuple[Batch
 
 
 def critic_loss(values, returns):
-    """g: mean squared error of the value, without the factor one half."""
+    """Mean squared error of the value, without the factor one half."""
     return (returns - values).square().mean()
 
 
 def policy_loss(ratio, advantages, clip: float):
-    """f: PPO's clipped surrogate, to be minimised."""
+    """PPO's clipped surrogate, to be minimised."""
     return -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
 
 
@@ -268,7 +270,7 @@ class FlatAdam:
 
     def __init__(self, module: nn.Module, lr: float, max_norm: float):
         self.max_norm = max_norm
-        self.refused = False  # whether the last step was
+        self.skipped = False  # whether the last step was
         self.vector = nn.Parameter(flat(module.parameters()).detach())
         sizes = [p.numel() for p in module.parameters()]
         for p, view in zip(module.parameters(), self.vector.detach().split(sizes)):
@@ -276,10 +278,10 @@ class FlatAdam:
         self.adam = torch.optim.Adam([self.vector], lr=lr, eps=1e-5, fused=True)
 
     def step(self, gradient) -> None:
-        """A step along -gradient (p,), clipped in norm. A gradient that is not finite is refused."""
+        """A step along -gradient (p,), clipped in norm. A gradient that is not finite is skipped."""
         norm = float(gradient.norm())
-        self.refused = not math.isfinite(norm)
-        if not self.refused:
+        self.skipped = not math.isfinite(norm)
+        if not self.skipped:
             self.vector.grad = gradient * min(1.0, self.max_norm / (norm + 1e-6))
             self.adam.step()
 
@@ -288,11 +290,11 @@ class FlatAdam:
 
 
 def leader_gradient(J: Jacobian, mb: Batch, ratio, args: Args):
-    """v = grad_omega f (p,): through GAE by autograd, through the critic by its Jacobian. exact: f is the
-    return, A + V. released: f has the step's own baseline, as in the authors' code."""
+    """v = grad_omega f (p,): through GAE by autograd, through the critic by its Jacobian. exact: f is minus
+    the mean lambda-return, A + V. released: f is the surrogate, whose A subtract V, like the authors'."""
     outputs = J.values.clone().requires_grad_()
     values, next_values = split_values(outputs, mb.cut)
-    advantages = gae(mb.rewards, values, next_values, mb.terminated, mb.gae_matrix, args.gamma)
+    advantages = gae(mb.rewards, values, next_values, mb.terminated, mb.Gamma, args.gamma)
     if args.hypergradient == "exact":
         f = -(advantages + values).mean()
     else:
@@ -311,7 +313,7 @@ def curvature(critic: Critic, mb: Batch, J: Jacobian, args: Args):
 
 
 def solve_ihvp(H, v, args: Args, generator):
-    """x = (H + rho I)^{-1} v (p,) by the solver of --ihvp, and how much H changes it; NaN if not finite."""
+    """x = (H + rho I)^{-1} v (p,), and its correction ||x - v/rho|| / ||v/rho||; NaN if v or H is."""
     sketch = dict(rank=args.nystrom_rank, sketch=args.nystrom_sketch, generator=generator)
     return solve(args.ihvp, H, v, rho=args.nystrom_rho, cg_iters=args.cg_iters, **sketch)
 
@@ -325,9 +327,9 @@ def implicit_weights(Jx, values, advantages, mb: Batch, args: Args):
     """
     w, next_w = split_values(Jx, mb.cut)
     if args.hypergradient == "exact":
-        c = (mb.gae_matrix.transpose(1, 2) @ w.unsqueeze(-1)).squeeze(-1)
+        c = (mb.Gamma.transpose(1, 2) @ w.unsqueeze(-1)).squeeze(-1)
         return -2 * c * mb.old_advantages
-    dA = gae(torch.zeros_like(w), w, next_w, mb.terminated, mb.gae_matrix, args.gamma)
+    dA = gae(torch.zeros_like(w), w, next_w, mb.terminated, mb.Gamma, args.gamma)
     return 2 * w.shape[1] * (advantages * w - dA * (mb.returns - values))
 
 
@@ -344,7 +346,7 @@ def add_bounded(direct, implicit, bound: float):
     if not math.isfinite(implicit_norm):
         nothing = dict.fromkeys(("implicit_cosine", "implicit_norm_ratio", "implicit_bound_active"), math.nan)
         return direct, {"implicit_dropped": 1.0} | nothing
-    limit = bound * norm if bound < math.inf else math.inf
+    limit = bound * norm if bound < math.inf else math.inf  # 0 * inf is NaN
     scale = limit / implicit_norm if implicit_norm > limit else 1.0
     return direct + scale * implicit, {
         "implicit_dropped": 0.0,
@@ -364,14 +366,13 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     critic = Critic(envs.obs_dim, args.hidden_size).to(args.device)
     actor_optimizer = FlatAdam(actor, args.actor_lr, args.max_grad_norm)
     critic_optimizer = FlatAdam(critic, args.critic_lr, args.max_grad_norm)
-    sketch = torch.Generator(args.device).manual_seed(args.seed)  # BLPO: its own: no solver disturbs training
-    size = len(critic_optimizer.vector)
+    size = len(critic_optimizer.vector)  # BLPO:
     args.require("nystrom_rank", args.nystrom_rank <= size, f"be at most {size}, the critic's parameters")
 
     # All that the iterations to come depend on: a checkpoint is the state of these
     parts = dict(actor=actor, critic=critic, envs=envs, torch=torch.default_generator)
     parts |= dict(actor_adam=actor_optimizer.adam, critic_adam=critic_optimizer.adam)
-    parts["sketch"] = sketch  # BLPO:
+    parts["sketch"] = torch.Generator(args.device).manual_seed(args.seed)  # BLPO: disturbs no other
 
     # A rollout: N environments, T steps
     obs, next_obs = np.zeros((2, N, T, envs.obs_dim), np.float32)
@@ -380,10 +381,10 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     done = np.zeros((N, T), bool)
     rollout = (obs, next_obs, actions, rewards, terminated, done)
 
-    with Run(args, iterations, parts, checkpoint) as run:  # ends with one line where something raises Stop
-        envs.begin(run)
-        lap = run.lap
-        for iteration in run.iterations():  # from the checkpoint on, and writes the next one where it is due
+    with Run(args, iterations, parts, checkpoint) as run:  # a Stop raised in here ends it with one line
+        envs.begin(run)  # first observations; of a resumed run, iterations() then restores the checkpoint
+        lap = run.lap  # lap(phase) adds the time since the last lap to the phase; envs.step laps "env"
+        for iteration in run.iterations():  # begins at the checkpoint, if any, and writes the next ones
             metrics = Metrics()
             if args.anneal_lr:
                 left = 1 - iteration / iterations
@@ -414,42 +415,41 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                     for _ in range(args.nested_critic_steps):
                         losses.append(critic_loss(critic(mb.obs), mb.returns))
                         critic_optimizer.step(flat_grad(losses[-1], critic))
-                        metrics.add(skipped_updates=critic_optimizer.refused)
-
+                        metrics.add(skipped_updates=critic_optimizer.skipped)
                     # BLPO: the advantages under its best response
                     J = Jacobian(critic.value, stacked_obs(mb.obs, mb.next_obs, mb.cut))
-                    values, next_V = split_values(J.values, mb.cut)
-                    advantages = gae(mb.rewards, values, next_V, mb.terminated, mb.gae_matrix, args.gamma)
+                    values, next_values = split_values(J.values, mb.cut)
+                    advantages = gae(mb.rewards, values, next_values, mb.terminated, mb.Gamma, args.gamma)
                     lap("critic")
 
-                    # grad_theta f
+                    # The actor's gradient: grad_theta f
                     logratio = actor.log_prob(mb.obs, mb.actions) - mb.logprobs
                     ratio = logratio.exp()
                     normalized = standardized(advantages) if args.norm_adv else advantages
                     loss = policy_loss(ratio, normalized, args.clip_coef)
                     if args.ent_coef > 0:
                         loss = loss - args.ent_coef * actor.entropy(mb.obs)
-                    h = flat_grad(loss, actor)
+                    actor_grad = flat_grad(loss, actor)
 
-                    # BLPO: 2. v = grad_omega f  3. x = (H + rho I)^{-1} v  4. h = grad_theta f + implicit
+                    # BLPO: the hypergradient h, along which the actor then steps (5)
                     if args.ihvp != "none":
                         lap("actor")
-                        weights = sign = advantages
-                        if args.hypergradient != "control":
-                            v = leader_gradient(J, mb, ratio, args)
+                        if args.hypergradient == "control":
+                            weights = advantages
+                        else:
+                            v = leader_gradient(J, mb, ratio, args)  # 2
                             H = curvature(critic, mb, J, args)
-                            x, correction = solve_ihvp(H, v, args, sketch)
+                            x, correction = solve_ihvp(H, v, args, parts["sketch"])  # 3
                             weights = implicit_weights(J @ x, values, advantages, mb, args)
-                            sign = weights if args.hypergradient == "exact" else advantages
                             metrics.add(ihvp_correction=correction)
+                        sign = weights if args.hypergradient == "exact" else advantages
                         implicit = flat_grad(implicit_loss(ratio, weights, sign, args.implicit_clip), actor)
-                        h, info = add_bounded(h, implicit, args.implicit_bound)
+                        actor_grad, info = add_bounded(actor_grad, implicit, args.implicit_bound)  # 4
                         metrics.add(**info)
                         lap("hypergradient")
 
-                    # BLPO: 5. one step along -h
-                    actor_optimizer.step(h)
-                    metrics.add(skipped_updates=actor_optimizer.refused)
+                    actor_optimizer.step(actor_grad)
+                    metrics.add(skipped_updates=actor_optimizer.skipped)
                     metrics.add(critic_loss=losses[0], critic_loss_nested=critic_loss(values, mb.returns))
                     metrics.add(policy_loss=loss, approx_kl=(ratio - 1 - logratio).mean())
                     metrics.add(clip_fraction=((ratio - 1).abs() > args.clip_coef).float().mean())

@@ -13,11 +13,10 @@ H_q = Y (Omega^T Y)^+ Y^T. What Omega is makes the method:
 
     "columns"     random coordinate vectors: the BLPO poster's formula, with C = H[:, Q] and M = H[Q, Q],
                   (H_q + rho I)^{-1} v = v / rho - C (M + C^T C / rho)^{-1} C^T v / rho^2
-    "gaussian"    standard normal: Frangella, Tropp & Udell, randomized Nystrom approximation
-    (arXiv:2110.02820) "v-gaussian"  v first, then standard normal: H_q is exact on v, the one vector that the
-    inverse is applied to
+    "gaussian"    standard normal: randomized Nystrom (Frangella, Tropp & Udell, arXiv:2110.02820)
+    "v-gaussian"  v first, then standard normal: H_q is exact on v, to which the inverse is applied
     "krylov"      an orthonormal basis of v, Hv, H^2 v, ...: exact on all of them, so that the error falls
-                  geometrically; its products come one after the other, those of the others in one batch
+                  geometrically. Its products come one after the other, those of the others in a batch
 
 The raw formula is unsafe: the Hessian of a non-linear least-squares loss is indefinite, and M + C^T C / rho
 can be singular. Here the directions in which the symmetrised M = Omega^T Y is not safely positive are
@@ -51,7 +50,7 @@ def hessian_products(grad_fn, w):
 
 
 def loss_hessian_products(loss, parameters):
-    """As hessian_products, for the Hessian of a scalar loss by the parameters of a module, p numbers in all."""
+    """As hessian_products, for the Hessian of a scalar loss by the parameters of a module, p in all."""
     parameters = list(parameters)
     optional = dict(create_graph=True, allow_unused=True, materialize_grads=True)
     gradients = torch.autograd.grad(loss, parameters, **optional)
@@ -86,7 +85,7 @@ class Jacobian:
     """J (n, p): derivatives of the n outputs of a net by its parameters. The net is a torch.nn.Sequential of
     Linear layers and activations with one output unit; inputs (n, ...); its outputs are `values` (n,).
 
-    For a layer y = W a + b the derivatives are dV_n/dW = g_n a_n^T and dV_n/db = g_n with g_n = dV_n/dy_n,
+    For a layer y = W a + b the derivatives are dV_i/dW = g_i a_i^T and dV_i/db = g_i with g_i = dV_i/dy_i,
     which one backward pass gives for all n. Products with J and its transpose then are a few matrix products
     without autograd. The backward pass is made when the first of them asks for it, so that whoever needs only
     the values pays for no more.
@@ -147,8 +146,7 @@ def gauss_newton_products(J, weights):
 
 
 def sketch_matrix(kind, v, rank, generator=None):
-    """Omega (p, rank) of every sketch but "krylov", which needs H (krylov_sketch). Columns have about unit
-    length."""
+    """Omega (p, rank) of every sketch but "krylov", which needs H; columns have about unit length."""
     like = dict(dtype=v.dtype, device=v.device)
     if kind == "columns":
         omega = torch.zeros(len(v), rank, **like)
@@ -161,7 +159,7 @@ def sketch_matrix(kind, v, rank, generator=None):
 
 
 def krylov_sketch(product, v, rank):
-    """Omega, an orthonormal basis of v, Hv, ..., H^(rank-1) v, and Y = H Omega, both (p, rank) or narrower."""
+    """Omega, an orthonormal basis of v, Hv, ..., H^(rank-1) v, and Y = H Omega, (p, rank) or narrower."""
     omega = v.new_zeros(rank, len(v))  # rows, contiguous, until they are returned
     Y = v.new_zeros(rank, len(v))
     for j in range(rank):
@@ -192,7 +190,8 @@ def make_sketch(kind, product, v, rank, generator=None):
     if kind == "krylov":
         return krylov_sketch(product, v, rank)
     omega = sketch_matrix(kind, v, rank, generator)
-    return omega, product(omega) if rank else omega
+    Y = product(omega) if rank else omega
+    return omega, Y
 
 
 # Solvers
@@ -212,8 +211,8 @@ def nystrom_solve(Y, omega, v, rho):
     q = Y.shape[1]
     if scale == 0 or q == 0:
         return v / rho, {"correction": 0.0, "rank": 0}
-    unit = v / scale  # a tiny float32 v must not underflow when it is squared
-    rows = torch.cat([omega.T, Y.T, unit[None]]).detach().double()
+    scaled = v / scale  # a tiny float32 v must not underflow when it is squared
+    rows = torch.cat([omega.T, Y.T, scaled[None]]).detach().double()
     products = (rows[q:-1] @ rows.T).cpu().numpy()  # Y^T Omega, Y^T Y and Y^T v: what follows is q x q
     if not np.isfinite(products).all():
         raise NotFinite("Y must be finite; the Hessian-vector products overflowed")
@@ -227,8 +226,8 @@ def nystrom_solve(Y, omega, v, rho):
     d, W = np.linalg.eigh(U.T @ YY @ U)
     small = U @ (W @ (W.T @ (U.T @ Yv) / (rho + d.clip(0))))
     change = torch.from_numpy(small).to(v.device) @ rows[q:-1]
-    x = (unit - change) * (scale / rho)
-    return x.to(v.dtype), {"correction": float(change.norm() / unit.norm()), "rank": U.shape[1]}
+    x = (scaled - change) * (scale / rho)
+    return x.to(v.dtype), {"correction": float(change.norm() / scaled.norm()), "rank": U.shape[1]}
 
 
 def nystrom_ihvp(product, v, rank=3, rho=50.0, sketch="krylov", generator=None):
@@ -238,20 +237,20 @@ def nystrom_ihvp(product, v, rank=3, rho=50.0, sketch="krylov", generator=None):
 
 
 def cg_ihvp(product, v, rho=50.0, max_iters=50, tol=1e-5, preconditioner=None):
-    """Conjugate gradient on (H + rho I) x = v: one Hessian-vector product an iteration, and one to see the result.
+    """Conjugate gradient on (H + rho I) x = v: one Hessian-vector product an iteration, one more to measure.
 
     `preconditioner` maps a residual r (p,) to an approximation of (H + rho I)^{-1} r, for example
-    r -> nystrom_solve(Y, omega, r, rho)[0]. Returns x and info: "correction" as in nystrom_solve; "residual" =
-    ||(H + rho I) x - v|| / ||v||, measured; "iterations"; and "stopped", why:
+    r -> nystrom_solve(Y, omega, r, rho)[0]. Returns x and info: "correction" as in nystrom_solve; "residual",
+    ||(H + rho I) x - v|| / ||v||, measured; "iterations"; and "stopped", which says why:
 
-        "tolerance"     the measured residual is at most tol
-        "iterations"    there were max_iters of them
-        "curvature"     a direction of non-positive or non-finite curvature: H + rho I is not positive definite.
-                        x is what there was before it (v / rho if there was nothing)
-        "precision"     tol is below what v's dtype can reach: begun again from the measured residual, twice as many
-                        iterations no longer halve it
+        "tolerance"   the residual is at most tol
+        "iterations"  there were max_iters of them
+        "curvature"   not positive along a direction, so that H + rho I is not positive definite: x is what
+                      there was before it, v / rho if there was nothing
+        "precision"   tol is below what the dtype of v can reach: begun again from the measured residual, more
+                      iterations did not halve it
 
-    Raises NotFinite where v is not finite.
+    Raises NotFinite where v or a product is not finite.
     """
     v, scale = _checked(v, rho)
     if scale == 0:
@@ -272,7 +271,9 @@ def cg_ihvp(product, v, rho=50.0, max_iters=50, tol=1e-5, preconditioner=None):
         while iterations < max_iters and float(r.norm()) > tol:
             image = product(direction) + rho * direction
             curvature = float(direction @ image)
-            if not 0 < curvature < math.inf:
+            if not math.isfinite(curvature):
+                raise NotFinite("the Hessian-vector products overflowed")
+            if curvature <= 0:
                 stopped = "curvature"
                 break
             step = rz / curvature

@@ -3,10 +3,11 @@
 Schulman et al., "Proximal Policy Optimization Algorithms" (arXiv:1707.06347), with the details and default
 flags of CleanRL's ppo_continuous_action.py: normalised advantages, orthogonal initialisation, annealing,
 clipped value loss, joint gradient clipping. Deliberate deviations: the last state before a time limit
-bootstraps; actor and critic have an optimizer each (the same update, since Adam is separable).
+bootstraps; running statistics are shared by all environments, without the last observations of episodes;
+actor and critic have an optimizer each (the same update, since Adam is separable).
 
-For a comparison in which only the bilevel parts differ, give it BLPO's rollouts, minibatches and step sizes
-(README.md, "PPO, matched"). `diff ppo_continuous.py blpo_continuous.py` is the method.
+`diff ppo_continuous.py blpo_continuous.py` is the method. The flags for a comparison in which nothing else
+differs are in README.md, "PPO, matched".
 """
 
 import math
@@ -22,9 +23,10 @@ import torch
 import torch.nn as nn
 
 from support import evaluation
+from support.acting import numpy_policy
 from support.command import start
-from support.environments import Environments, numpy_policy
-from support.flags import Count, Fraction, Name, Norm, Positive, RunFlags, Size, StepSize, Weight
+from support.environments import Environments
+from support.flags import Count, Name, NonNegative, Positive, RunFlags, Size, UnitInterval, UnitStep, UpTo1000
 from support.run_folder import Metrics, Run, finite
 
 
@@ -44,17 +46,17 @@ class Args(RunFlags):
     """minibatches of whole trajectories instead of single steps: num_minibatches must then divide num_envs"""
     update_epochs: Count = 10
     """passes over a rollout"""
-    actor_lr: StepSize = 3e-4
+    actor_lr: UnitStep = 3e-4
     """Adam step size of the actor"""
-    critic_lr: StepSize = 3e-4
+    critic_lr: UnitStep = 3e-4
     """Adam step size of the critic"""
     anneal_lr: bool = True
     """decay both step sizes linearly to 0 over the iterations"""
     hidden_size: Size = 64
     """width of the two hidden layers, in both networks"""
-    gamma: Fraction = 0.99
+    gamma: UnitInterval = 0.99
     """discount factor"""
-    gae_lambda: Fraction = 0.95
+    gae_lambda: UnitInterval = 0.95
     """lambda of generalised advantage estimation"""
     norm_obs: bool = True
     """normalise observations by running statistics, shared by all environments"""
@@ -62,11 +64,11 @@ class Args(RunFlags):
     """divide rewards by the running standard deviation of the discounted return"""
     norm_adv: bool = True
     """normalise advantages per minibatch"""
-    clip_coef: Norm = 0.2
+    clip_coef: UpTo1000 = 0.2
     """clip range of the probability ratio"""
-    ent_coef: Weight = 0.0
+    ent_coef: NonNegative = 0.0
     """weight of the entropy bonus"""
-    max_grad_norm: Norm = 0.5
+    max_grad_norm: UpTo1000 = 0.5
     """gradient norm at which each network's gradient is clipped"""
     joint_grad_clip: bool = True
     """clip the gradient norm of both networks together"""
@@ -77,14 +79,14 @@ class Args(RunFlags):
 
 
 def check_args(args: Args) -> None:
-    """What the range of no single flag can say; every message names the flag and the fix."""
+    """Rules between several flags; the range of a single one is part of its type."""
     rollout = args.num_envs * args.num_steps
     args.require("total_timesteps", args.total_timesteps >= rollout, f"be a rollout at least, {rollout}")
     samples = args.num_envs if args.trajectory_minibatches else rollout
     what = "--num-envs" if args.trajectory_minibatches else "num_envs * num_steps ="
     args.require("num_minibatches", samples % args.num_minibatches == 0, f"divide {what} {samples}")
     args.require("num_steps", rollout * args.num_steps < 2**31, "keep num_envs * num_steps^2 below 2^31")
-    enough = not args.norm_adv or rollout >= 2 * args.num_minibatches
+    enough = rollout >= (2 if args.norm_adv else 1) * args.num_minibatches
     args.require("num_minibatches", enough, "leave two steps to a minibatch, or come with --no-norm-adv")
 
 
@@ -157,7 +159,7 @@ class Batch(NamedTuple):
     obs: torch.Tensor  # (N, T, obs_dim)
     actions: torch.Tensor  # (N, T, action_size)
     logprobs: torch.Tensor  # (N, T), under the policy that acted
-    advantages: torch.Tensor  # (N, T), under the critic as it was when the iteration began
+    old_advantages: torch.Tensor  # (N, T), under the critic as it was when the iteration began
     returns: torch.Tensor  # (N, T), the lambda-returns of that critic: the regression targets
 
 
@@ -183,22 +185,22 @@ def split_values(stacked, cut):
     return values, values.roll(-1, 1).masked_scatter(cut, stacked[cut.numel() :])
 
 
-def gae(rewards, values, next_values, terminated, matrix, gamma: float):
+def gae(rewards, values, next_values, terminated, Gamma, gamma: float):
     """A = Gamma delta, delta = r + gamma (1 - terminated) V(s') - V(s), all (N, T); differentiable in V."""
     delta = rewards + gamma * (1 - terminated) * next_values - values
-    return (matrix @ delta.unsqueeze(-1)).squeeze(-1)
+    return (Gamma @ delta.unsqueeze(-1)).squeeze(-1)
 
 
 @torch.no_grad()
 def make_batch(rollout, actor: Actor, critic: Critic, args: Args) -> tuple[Batch, float]:
-    """Advantages and regression targets, from the critic as it is now, and how much of them it explains."""
-    tensors = [torch.as_tensor(array, device=args.device) for array in rollout]
+    """Advantages and targets from the critic as it is now, and the share of their variance it explains."""
+    tensors = [torch.as_tensor(array, device=args.device) for array in rollout]  # they share its memory
     obs, next_obs, actions, rewards, terminated, done = tensors
     cut = done.clone()
     cut[:, -1] = True
-    matrix = gae_matrix(done, args.gamma, args.gae_lambda)
+    Gamma = gae_matrix(done, args.gamma, args.gae_lambda)
     values, next_values = split_values(critic(stacked_obs(obs, next_obs, cut)), cut)
-    advantages = gae(rewards, values, next_values, terminated, matrix, args.gamma)
+    advantages = gae(rewards, values, next_values, terminated, Gamma, args.gamma)
     returns = advantages + values
     explained_variance = float(1 - (returns - values).var() / returns.var().clamp_min(1e-12))
     logprobs = actor.log_prob(obs, actions)
@@ -212,23 +214,22 @@ def make_batch(rollout, actor: Actor, critic: Critic, args: Args) -> tuple[Batch
 
 
 def critic_loss(values, returns):
-    """g: mean squared error of the value, without the factor one half."""
+    """Mean squared error of the value, without the factor one half."""
     return (returns - values).square().mean()
 
 
 def value_loss(values, mb: Batch, args: Args):
-    """vf_coef times half of critic_loss. With --clip-vloss the larger error counts: the value's, or that of
-    the value kept within clip_coef of its old one, as in the code of Schulman et al."""
+    """vf_coef / 2 times critic_loss; with --clip-vloss that of values near the old ones, where larger."""
     error = critic_loss(values, mb.returns)
     if args.clip_vloss:
-        old_values = mb.returns - mb.advantages
+        old_values = mb.returns - mb.old_advantages
         near_old = old_values + (values - old_values).clamp(-args.clip_coef, args.clip_coef)
         error = torch.max((mb.returns - values).square(), (mb.returns - near_old).square()).mean()
     return args.vf_coef * 0.5 * error
 
 
 def policy_loss(ratio, advantages, clip: float):
-    """f: PPO's clipped surrogate, to be minimised."""
+    """PPO's clipped surrogate, to be minimised."""
     return -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
 
 
@@ -250,7 +251,7 @@ class FlatAdam:
 
     def __init__(self, module: nn.Module, lr: float, max_norm: float):
         self.max_norm = max_norm
-        self.refused = False  # whether the last step was
+        self.skipped = False  # whether the last step was
         self.vector = nn.Parameter(flat(module.parameters()).detach())
         sizes = [p.numel() for p in module.parameters()]
         for p, view in zip(module.parameters(), self.vector.detach().split(sizes)):
@@ -258,10 +259,10 @@ class FlatAdam:
         self.adam = torch.optim.Adam([self.vector], lr=lr, eps=1e-5, fused=True)
 
     def step(self, gradient) -> None:
-        """A step along -gradient (p,), clipped in norm. A gradient that is not finite is refused."""
+        """A step along -gradient (p,), clipped in norm. A gradient that is not finite is skipped."""
         norm = float(gradient.norm())
-        self.refused = not math.isfinite(norm)
-        if not self.refused:
+        self.skipped = not math.isfinite(norm)
+        if not self.skipped:
             self.vector.grad = gradient * min(1.0, self.max_norm / (norm + 1e-6))
             self.adam.step()
 
@@ -288,10 +289,10 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     done = np.zeros((N, T), bool)
     rollout = (obs, next_obs, actions, rewards, terminated, done)
 
-    with Run(args, iterations, parts, checkpoint) as run:  # ends with one line where something raises Stop
-        envs.begin(run)
-        lap = run.lap
-        for iteration in run.iterations():  # from the checkpoint on, and writes the next one where it is due
+    with Run(args, iterations, parts, checkpoint) as run:  # a Stop raised in here ends it with one line
+        envs.begin(run)  # first observations; of a resumed run, iterations() then restores the checkpoint
+        lap = run.lap  # lap(phase) adds the time since the last lap to the phase; envs.step laps "env"
+        for iteration in run.iterations():  # begins at the checkpoint, if any, and writes the next ones
             metrics = Metrics()
             if args.anneal_lr:
                 left = 1 - iteration / iterations
@@ -317,28 +318,28 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 for chosen in torch.randperm(len(batch.obs)).chunk(args.num_minibatches):
                     mb = Batch(*(x[chosen] for x in batch))
 
-                    # grad_omega g
+                    # The critic's gradient
                     values = critic(mb.obs)
-                    g = flat_grad(value_loss(values, mb, args), critic)
-                    advantages = mb.advantages
+                    critic_grad = flat_grad(value_loss(values, mb, args), critic)
                     lap("critic")
 
-                    # grad_theta f
+                    # The actor's gradient
                     logratio = actor.log_prob(mb.obs, mb.actions) - mb.logprobs
                     ratio = logratio.exp()
-                    normalized = standardized(advantages) if args.norm_adv else advantages
+                    normalized = standardized(mb.old_advantages) if args.norm_adv else mb.old_advantages
                     loss = policy_loss(ratio, normalized, args.clip_coef)
                     if args.ent_coef > 0:
                         loss = loss - args.ent_coef * actor.entropy(mb.obs)
-                    h = flat_grad(loss, actor)
+                    actor_grad = flat_grad(loss, actor)
 
                     if args.joint_grad_clip:
-                        shrink = (args.max_grad_norm / (torch.cat([h, g]).norm() + 1e-6)).clamp(max=1)
-                        h, g = shrink * h, shrink * g
-                    critic_optimizer.step(g)
-                    metrics.add(skipped_updates=critic_optimizer.refused)
-                    actor_optimizer.step(h)
-                    metrics.add(skipped_updates=actor_optimizer.refused)
+                        norm = torch.cat([actor_grad, critic_grad]).norm()
+                        shrink = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1)
+                        actor_grad, critic_grad = shrink * actor_grad, shrink * critic_grad
+                    critic_optimizer.step(critic_grad)
+                    metrics.add(skipped_updates=critic_optimizer.skipped)
+                    actor_optimizer.step(actor_grad)
+                    metrics.add(skipped_updates=actor_optimizer.skipped)
                     metrics.add(critic_loss=critic_loss(values, mb.returns))
                     metrics.add(policy_loss=loss, approx_kl=(ratio - 1 - logratio).mean())
                     metrics.add(clip_fraction=((ratio - 1).abs() > args.clip_coef).float().mean())

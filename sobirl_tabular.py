@@ -1,27 +1,29 @@
-"""Bilevel reinforcement learning on tabular problems: M-SoBiRL, SoBiRL and the methods they are compared
-with, in one file.
+"""Bilevel reinforcement learning on tabular problems: M-SoBiRL, SoBiRL and what they are compared with.
 
 Yang, Gao & Yuan, "Bilevel Reinforcement Learning via the Development of Hyper-gradient without Lower-Level
 Convexity" (arXiv:2405.19697); equation numbers are theirs. A leader chooses parameters x of a reward r(x), a
-follower answers with the optimal policy of the entropy-regularised Markov decision process (P, r(x), gamma,
-tau), and the leader pays f(x, pi*(x)):
+follower answers with the optimal policy of the entropy-regularised decision process (P, r(x), gamma, tau),
+and the leader pays f(x, pi*(x)):
 
-    min_x phi(x) = f(x, pi*(x)),    Q* = r(x) + gamma P V*,    V* = tau log sum_a exp(Q*/tau),    pi* =
-    exp((Q* - V*)/tau)
+    min_x phi(x) = f(x, pi*(x))
+    Q* = r(x) + gamma P V*,    V* = tau log sum_a exp(Q*/tau),    pi* = exp((Q* - V*)/tau)
 
-V* is the fixed point of varphi(x, v)_s = tau log sum_a exp((r_sa(x) + gamma P_sa v)/tau), a contraction, so
-that implicit differentiation needs no convexity below, only first derivatives and one linear system of the
-size of the state space. With m = pi* o grad_pi f and U^T m = sum_a m - gamma P^T m the hypergradient is
+V* is the fixed point of varphi(x, v)_s = tau log sum_a exp((r_sa(x) + gamma P_sa v)/tau), a contraction.
+Implicit differentiation therefore needs no convexity below, only first derivatives and one linear system, of
+the size of the state space. With m = pi* o grad_pi f and U^T m = sum_a m - gamma P^T m the hypergradient is
 
-    grad phi = grad_x f + (1/tau) grad r^T (m - lambda w),    w = (I - gamma P^pi*)^{-T} U^T m,    lambda =
-    pi*              (9)
+    grad phi = grad_x f + (1/tau) grad r^T (m - lambda w)                                                (9)
+    w = (I - gamma P^pi*)^{-T} U^T m,    lambda = pi*
 
 and most methods differ in w alone: one least-squares step a round (M-SoBiRL), the first term of the Neumann
 series (78), roll-outs (15), or nothing (DRLHF). Everything is float64 and tested against finite differences:
 tests/test_sobirl.py.
 
-    python sobirl_tabular.py --problem synthetic --method m-sobirl for method in exact m-sobirl drlhf; do
-    python sobirl_tabular.py --problem preference --method $method; done; python plot.py --runs-dir runs
+    python sobirl_tabular.py --problem synthetic --method m-sobirl
+    for method in exact m-sobirl drlhf; do
+        python sobirl_tabular.py --problem preference --method $method
+    done
+    python tools/plot.py --runs-dir runs
 """
 
 import math
@@ -90,18 +92,15 @@ class Args(Flags):
     penalty: Penalty = 100.0
     """pbrl: weight lambda of the follower's regret"""
     samples: Samples = None
-    """sobirl, stoc-sobirl, hpgd: tuples of trajectories a round (0: expectations; None: 0 for sobirl, else
-    64)"""
+    """sobirl, stoc-sobirl, hpgd: tuples of trajectories a round (0: expectations; None: 64, sobirl 0)"""
     rollout: Rollout = None
     """sobirl, stoc-sobirl, hpgd: steps of a roll-out (None: until gamma^steps < 0.001)"""
     depth: Literal["full", "one"] = "full"
     """sobirl, stoc-sobirl: (15), or its truncation after one step, (78)"""
     baseline: bool = True
-    """sobirl, stoc-sobirl: subtract the mean of the other samples from l, which changes no expectation (not
-    in the paper)"""
+    """sobirl, stoc-sobirl: subtract the mean of the other samples from l (not in the paper)"""
     momentum: Momentum = 10.0
-    """stoc-sobirl: eta_k = min(1, momentum * round^-2/3), the weight of the new sample (0: the first one
-    only)"""
+    """stoc-sobirl: eta_k = min(1, momentum * round^-2/3), the weight of a new sample (1e6: plain SGD)"""
 
     unit = "round"  # of progress
 
@@ -319,8 +318,7 @@ def soft_policy_value(problem: Problem, r, log_pi):
 
 
 def solve_follower(problem: Problem, r, Q):
-    """Q* to machine precision by soft policy iteration, which is Newton's method on V = varphi(x, V): for the
-    measurements."""
+    """Q* to machine precision, by soft policy iteration, which is Newton's method on V = varphi(x, V)."""
     for _ in range(100):
         last = Q
         V = soft_policy_value(problem, r, torch.log_softmax(Q / problem.tau, 1))
@@ -507,8 +505,7 @@ def estimate(problem: Problem, x, pi, sample: Sample, behaviour, args):
 
 
 def sobirl(problem, x, Q, memory, args, generator):
-    """Algorithm 2: (15) with the policy at hand; without samples its expectation, which is (9) at that
-    policy."""
+    """Algorithm 2: (15) with the policy at hand; without samples its expectation, (9) at that policy."""
     pi = torch.softmax(Q / problem.tau, 1)
     if args.samples:
         return estimate(problem, x, pi, draw(problem, pi, args, generator), pi, args)
@@ -537,8 +534,7 @@ def stoc_sobirl(problem, x, Q, memory, args, generator):
 
 
 def visit_means(values, s, a, S: int, A: int):
-    """Mean of values over the visits to each (s, a) minus that over the visits to s; values, s, a (V,) -> (S,
-    A)."""
+    """Mean of values over visits to each (s, a) minus that over visits to s; values, s, a (V,) -> (S, A)."""
 
     def mean(index, size):
         total = torch.zeros(size, dtype=values.dtype).index_add(0, index, values)

@@ -1,5 +1,4 @@
-"""What every training script does beside training. Nothing in here learns, and nothing in here imports a
-script."""
+"""What every training script does beside training. Nothing here learns, and nothing imports a script."""
 
 import os
 

@@ -4,36 +4,38 @@ import gc
 import signal
 import warnings
 
-from support.environments import check_env_id
+from support.environments import check_env_id, find_modules_here
 from support.evaluation import evaluate_run
-from support.flags import check_run_flags, parse_args, script_of
-from support.run_folder import check_runs_dir, evaluated, resumed
+from support.flags import check_run_flags, parse_args, print_anything, script_of
+from support.run_folder import check_runs_dir
+from support.saved import load_to_evaluate, load_to_resume
 
 
 def own_process() -> None:
     """What is right for a process that does nothing but train."""
+    print_anything()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # outside of training Ctrl-C just ends, without a traceback
-    # The published tables are about the v4 environments, of which Gymnasium says that they are
+    # The published tables use the v4 environments; Gymnasium warns of each that it is out of date
     warnings.filterwarnings("ignore", message=".*is out of date.*")
     gc.freeze()  # what the imports made will never be garbage: the collector need not go through it again
 
 
 def start(Args, check_args, train, Actor, description: str, argv: list[str] | None = None):
-    """Runs a script with the flags of argv, of the command line if that is None; returns the run folder of a
-    training."""
+    """Runs a script with the flags of argv, or of the command line; returns the folder of a training run."""
     if argv is None:
         own_process()
     args = parse_args(Args, description, argv)
     args.exp_name = args.exp_name or script_of(args).stem
     args.require("resume", not (args.resume and args.evaluate), "be empty with --evaluate: give one of them")
+    find_modules_here()
     if args.evaluate:
-        args, path, saved = evaluated(args, argv)
+        args, path, saved = load_to_evaluate(args, argv)
         check_run_flags(args)
         return evaluate_run(Actor, args, path, saved)
 
     checkpoint = None
     if args.resume:
-        args, checkpoint = resumed(args, argv)
+        args, checkpoint = load_to_resume(args, argv)
     check_run_flags(args)
     check_args(args)
     check_env_id(args.env_id)

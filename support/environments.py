@@ -1,20 +1,21 @@
-"""The environments of a run, side by side: making and stepping them, running statistics, and what a
-checkpoint keeps.
+"""The environments of a run, side by side: making and stepping them, running statistics, what a checkpoint
+keeps.
 
-Nothing here learns. Environments are foreign code: whatever they raise ends the run with one line
-(EnvironmentFailed). An observation has one name for each of its forms:
+Nothing here learns. Environments are foreign code: whatever they raise ends the run with one line.
+An observation has one name for each of its forms, all (N, obs_dim):
 
-    raw_obs     what the environments returned, (N, obs_dim)
-    obs         what the policy sees: raw_obs normalised by running statistics, float32
-    next_obs    what followed an action, normalised too: also at the end of an episode its true last
-    observation,
-                where obs already is the first one of the next episode
+    raw_obs     what the policy will act on next, as the environments returned it
+    last_obs    raw too, what followed the last action: differs from raw_obs where an episode has just ended
+    obs         raw_obs, normalised by running statistics: what the policy sees
+    next_obs    last_obs, normalised
 """
 
 import contextlib
 import difflib
 import importlib
 import math
+import os
+import sys
 from collections import deque
 from typing import NamedTuple
 
@@ -22,13 +23,22 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from support.flags import fail, say, script_of
+from support.flags import fail, say, script_of, shown
 from support.run_folder import EnvironmentFailed, Run, Stop
 
 # What seeds are drawn for, beside --seed itself for the environments of training: streams that must not
 # coincide.
 EVALUATION = 1
 RESUMED = 2
+
+
+MANY = 5_000  # numbers in an observation, from which on it is more likely a picture than a state
+
+
+def find_modules_here() -> None:
+    """Lets "module:id" name a module in the current folder, as `python -m` would."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def check_env_id(env_id: str) -> None:
@@ -40,32 +50,59 @@ def check_env_id(env_id: str) -> None:
         gym.spec(name)
     except Exception as problem:  # a foreign module may raise anything
         close = difflib.get_close_matches(name, gym.registry, n=3)
-        fail(f"--env-id {env_id}: {problem}" + f" Close: {', '.join(close)}." * bool(close))
+        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        fail(f"--env-id {env_id}: {shown(problem)}{hint}")
     if name == "Pusher-v4":
         fail("--env-id Pusher-v4 does not work with mujoco >= 3: use Pusher-v5")
 
 
-def make_env(env_id: str, **options) -> gym.Env:
-    """An environment whose observations are flat vectors, (obs_dim,)."""
-    env = gym.make(env_id, disable_env_checker=True, **options)
+def make_env(args, **options) -> gym.Env:
+    """An environment with flat observations, (obs_dim,), and with actions of about the size of 1."""
+    env = gym.make(args.env_id, disable_env_checker=True, **args.env_options, **options)
+    if texts := text_parts(env.observation_space):
+        env = gym.wrappers.FilterObservation(env, [key for key in env.observation_space if key not in texts])
     space = env.observation_space
-    if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
-        return env
-    return gym.wrappers.FlattenObservation(env)  # dm_control's dictionaries, images
+    if not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
+        if bad := unflattenable(space):
+            raise TypeError(f"its observations cannot be flattened: {bad}")
+        env = gym.wrappers.FlattenObservation(env)  # dm_control's dictionaries, images
+    if rescales(args.rescale_actions, env.action_space):
+        env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    return env
 
 
-def numpy_policy(net: torch.nn.Sequential):
-    """The map from observations (n, obs_dim) to the outputs of net, a stack of linear layers with tanh
-    between them, as it is now. PyTorch's cost per call outweighs the arithmetic of a few observations."""
-    weights = [layer.weight.detach().cpu().numpy().T for layer in net[::2]]
-    biases = [layer.bias.detach().cpu().numpy() for layer in net[::2]]
+def text_parts(space: gym.Space) -> list[str]:
+    """The keys of a Dict space under which there is text, which no network here reads."""
+    if not isinstance(space, gym.spaces.Dict):
+        return []
+    return [key for key, part in space.items() if isinstance(part, gym.spaces.Text)]
 
-    def policy(x):
-        for W, b in zip(weights[:-1], biases[:-1]):
-            x = np.tanh(x @ W + b)
-        return x @ weights[-1] + biases[-1]
 
-    return policy
+def unflattenable(space: gym.Space, name: str = "") -> str:
+    """The first part of a space that is no vector of a fixed length, by name and kind, or an empty text."""
+    if isinstance(space, (gym.spaces.Dict, gym.spaces.Tuple)):
+        parts = space.items() if isinstance(space, gym.spaces.Dict) else enumerate(space)
+        found = (unflattenable(part, f"{name}[{key!r}]") for key, part in parts)
+        return next(filter(None, found), "")
+    known = (gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary)
+    if isinstance(space, known):
+        return ""
+    return f"part {name} is {space}" if name else f"they are {space}"
+
+
+def rescales(wish: str, space: gym.Space) -> bool:
+    """Whether the policy acts in [-1, 1] instead of in the box itself. A Gaussian policy begins with mean 0
+    and deviation 1, and is content with boxes that are ten times larger or smaller: MuJoCo's stay as they
+    are."""
+    if not isinstance(space, gym.spaces.Box) or not np.issubdtype(space.dtype, np.floating):
+        return False
+    low, high = space.low.astype(float), space.high.astype(float)
+    if wish == "off" or not (np.isfinite(low) & np.isfinite(high) & (low < high)).all():
+        return False
+    half = (high - low) / 2
+    centre = (high + low) / 2
+    usual = (half >= 0.1) & (half <= 10) & (np.abs(centre) <= half)
+    return wish == "on" or not usual.all()
 
 
 class RunningMeanStd:
@@ -96,7 +133,7 @@ class RunningMeanStd:
 
 
 class Step(NamedTuple):
-    """What one step of all N environments gave."""
+    """What one step of all N environments gave; valid until the next one, because arrays are used again."""
 
     next_obs: np.ndarray  # (N, obs_dim), the true next observation, also where an episode ended
     rewards: np.ndarray  # (N,), with --norm-reward divided by the running deviation of the discounted return
@@ -116,13 +153,14 @@ class Environments:
         self.args = args
         N = args.num_envs
         try:
-            self.list = [make_env(args.env_id) for _ in range(N)]
-            shapes = {np.shape(env.reset(seed=args.seed)[0]) for env in self.list}
+            self.envs = [make_env(args) for _ in range(N)]
+            shapes = {np.shape(env.reset(seed=args.seed)[0]) for env in self.envs}
         except Exception as problem:  # whatever a foreign environment raises
-            fail(f"--env-id {args.env_id} cannot be made: {problem}")
-        self.action_space = self.list[0].action_space
+            fail(f"--env-id {args.env_id} cannot be made: {shown(problem)}")
+        self.action_space = self.envs[0].action_space
         self.refuse_other_spaces(actions, shapes)
-        self.obs_dim = self.list[0].observation_space.shape[0]
+        self.obs_dim = self.envs[0].observation_space.shape[0]
+        self.note_what_was_changed()
 
         self.obs_rms = RunningMeanStd(self.obs_dim) if args.norm_obs else None
         self.return_rms = RunningMeanStd()
@@ -135,6 +173,7 @@ class Environments:
         self.steps = 0
         self.episodes = 0
         self.recent = deque(maxlen=100)  # (return, length) of the last 100 episodes
+        self.noted = False  # whether it was said that none has ended
 
     @property
     def action_size(self) -> int:
@@ -144,11 +183,10 @@ class Environments:
         return math.prod(self.action_space.shape)
 
     def refuse_other_spaces(self, actions: type, shapes: set) -> None:
-        """Ends the process unless this script can train here; `shapes` are those of the observations
-        returned."""
+        """Ends the process unless this script can train here; `shapes` are of the observations returned."""
         found = self.action_space
         script = script_of(self.args).name
-        space = self.list[0].observation_space
+        space = self.envs[0].observation_space
         problem = None
         if actions is gym.spaces.Box and isinstance(found, gym.spaces.Discrete):
             problem = f"has discrete actions: use {script.replace('continuous', 'discrete')}"
@@ -165,9 +203,19 @@ class Environments:
         if problem:
             fail(f"--env-id {self.args.env_id} {problem}")
 
+    def note_what_was_changed(self) -> None:
+        """Says what the policy does not see or do as the environment has it."""
+        core = self.envs[0].unwrapped
+        if texts := text_parts(core.observation_space):
+            say(f"note: text is left out of the observations: {', '.join(texts)}", error=True)
+        if self.obs_dim >= MANY:
+            shape = getattr(core.observation_space, "shape", None)
+            what = f"observations {shape or ''} are flattened to {self.obs_dim:,} numbers"
+            cost = "there is no convolution here, and a step will take milliseconds"
+            say(f"note: {what}: {cost}; use a wrapper that extracts features", error=True)
+
     def begin(self, run: Run) -> None:
-        """First observations of a new run; episodes that end from now on are rows of the run's
-        episodes.csv."""
+        """First observations of a run; episodes that end from now on are rows of its episodes.csv."""
         self.run = run
         run.open_table("episodes.csv", "global_step,return,length")
         self.reset_all(self.args.seed)
@@ -179,13 +227,13 @@ class Environments:
         return self.obs_rms.normalize(raw_obs) if self.obs_rms else raw_obs
 
     def reset(self, i: int, seed: int | None = None) -> None:
-        observed, _ = self.list[i].reset(seed=seed)
+        observed, _ = self.envs[i].reset(seed=seed)
         np.stack([observed], out=self.raw_obs[i : i + 1])  # stack refuses other shapes
 
     def reset_all(self, key) -> None:
         """Resets with seeds of their own for all environments of all runs: seed, seed + 1, ... would be
         shared by runs with neighbouring seeds. `key` is what the seeds are drawn from."""
-        seeds = np.random.SeedSequence(key).generate_state(len(self.list)).tolist()
+        seeds = np.random.SeedSequence(key).generate_state(len(self.envs)).tolist()
         try:
             for i, seed in enumerate(seeds):
                 self.reset(i, seed)
@@ -194,13 +242,12 @@ class Environments:
         self.check_finite(self.raw_obs)
 
     def step(self, actions) -> Step:
-        """One step of each environment; one whose episode ended is reset. `actions` has one for each, as they
-        take it."""
-        self.steps += len(self.list)
+        """One step of each environment, with an action for each; one whose episode ended is reset."""
+        self.steps += len(self.envs)
         try:
-            results = [env.step(action) for env, action in zip(self.list, actions)]
+            results = [env.step(action) for env, action in zip(self.envs, actions)]
             observed, reward, terminated, truncated, _ = zip(*results)
-            reward = np.array(reward, float)
+            reward = np.array(reward, float).reshape(len(self.envs))  # from numbers, or arrays of one
             terminated = np.array(terminated, np.float32)
             done = np.array(truncated, bool) | (terminated > 0)
             np.stack(observed, out=self.last_obs)  # which refuses other shapes
@@ -211,9 +258,9 @@ class Environments:
             raise EnvironmentFailed(self.args.env_id, self.steps) from problem
         self.run.lap("env")
         self.check_finite(self.raw_obs, self.last_obs, reward[:, None])
-        return self.account(reward, terminated, done)
+        return self.normalise_and_record(reward, terminated, done)
 
-    def account(self, reward, terminated, done) -> Step:
+    def normalise_and_record(self, reward, terminated, done) -> Step:
         """Updates running statistics, normalises by them, and writes a row for every episode that ended."""
         self.episode_return += reward
         self.episode_length += 1
@@ -248,6 +295,8 @@ class Environments:
 
     def statistics(self) -> dict:
         """Columns of progress.csv."""
+        if not self.episodes and not self.noted:
+            self.note_endless_episodes()
         returns, lengths = zip(*self.recent) if self.recent else ([math.nan], [math.nan])
         return {
             "episodes": self.episodes,
@@ -255,8 +304,17 @@ class Environments:
             "length_100": float(np.mean(lengths)),
         }
 
+    def note_endless_episodes(self) -> None:
+        """Says once, after a third of the run, that no episode has ended, unless a time limit is to come."""
+        spec = self.envs[0].spec
+        limit = (spec.max_episode_steps if spec else None) or 0
+        if self.steps >= self.args.total_timesteps / 3 and self.steps > limit * len(self.envs):
+            self.noted = True
+            what = f"no episode has ended in {self.steps:,} steps, so that there is no return to show"
+            say(f"note: {what}: has {self.args.env_id} a time limit?", error=True)
+
     def close(self) -> None:
-        for env in self.list:
+        for env in self.envs:
             with contextlib.suppress(Exception):  # whatever a foreign environment raises: the run is over
                 env.close()
 
@@ -272,22 +330,21 @@ class Environments:
         state["return_rms"] = self.return_rms.state_dict()
         state["obs_rms"] = self.obs_rms.state_dict() if self.obs_rms else None
         state["arrays"] = {name: torch.as_tensor(array) for name, array in self.arrays().items()}
-        state["envs"] = [env_state(env) for env in self.list]
+        state["envs"] = [env_state(env) for env in self.envs]
         return state
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on where state_dict was called: in the middle of episodes, where environments can be put back
-        into one."""
+        """Goes on where state_dict was called, in the middle of episodes if environments can be put there."""
         self.steps = state["steps"]
         self.episodes = state["episodes"]
         self.recent.extend(state["recent"])
         self.return_rms.load_state_dict(state["return_rms"])
         if self.obs_rms:
             self.obs_rms.load_state_dict(state["obs_rms"])
-        self.reset_all([self.args.seed, RESUMED, self.steps])
+        self.reset_all([self.args.seed, RESUMED, self.steps] if self.steps else self.args.seed)
         self.obs[:] = self.normalize(self.raw_obs)
         if state["envs"][0]:
-            for env, saved in zip(self.list, state["envs"]):
+            for env, saved in zip(self.envs, state["envs"]):
                 restore_env(env, saved)
             for name, array in self.arrays().items():
                 array[...] = state["arrays"][name].numpy()
@@ -305,8 +362,7 @@ def wrappers(env: gym.Env) -> list[gym.Env]:
 
 
 def pack(value):
-    """NumPy's values as tensors, which torch.load reads without running foreign code; None for what is not
-    plain data."""
+    """NumPy's values as tensors, which torch.load reads safely; None for what is not plain data."""
     if isinstance(value, tuple):
         return tuple(map(pack, value))
     if isinstance(value, (np.ndarray, np.generic)):
@@ -324,7 +380,8 @@ def env_state(env: gym.Env) -> dict | None:
     """All that a MuJoCo or classic-control environment of Gymnasium remembers: plain attributes of its own
     and of its wrappers, its random generator, MuJoCo's arrays. None for others, or with other wrappers, which
     may remember more."""
-    known = (gym.wrappers.TimeLimit, gym.wrappers.OrderEnforcing, gym.wrappers.FlattenObservation)
+    known = (gym.wrappers.TimeLimit, gym.wrappers.OrderEnforcing)
+    known += (gym.wrappers.FlattenObservation, gym.wrappers.RescaleAction)
     *around, core = wrappers(env)
     ours = type(core).__module__.startswith(("gymnasium.envs.mujoco.", "gymnasium.envs.classic_control."))
     if not (ours and all(type(layer) in known for layer in around)):

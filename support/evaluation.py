@@ -5,53 +5,75 @@ import math
 import os
 import re
 import sys
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch
 
-from support.environments import EVALUATION, Environments, RunningMeanStd, make_env, numpy_policy
-from support.flags import fail, say
+from support.acting import numpy_policy
+from support.environments import EVALUATION, Environments, RunningMeanStd, make_env
+from support.flags import fail, say, shown
 from support.run_folder import MODEL, EnvironmentFailed, Run, misfit
 
 
-def play(actor, normalize, args, videos: Path | None = None):
-    """Returns and lengths of --eval-episodes episodes, of 100,000 steps at most, each (episodes,).
+class Episodes(NamedTuple):
+    """What an evaluation measured, a row for each of its episodes."""
 
-    `normalize` maps raw observations to what the policy sees. Seeds and noise are the evaluation's own, so
-    that training goes on as if there had been none.
-    """
-    env = make_env(args.env_id, render_mode="rgb_array") if videos else make_env(args.env_id)
+    returns: np.ndarray  # (episodes,), sums of rewards as the environment gives them
+    lengths: np.ndarray  # (episodes,), steps
+    cut: np.ndarray  # (episodes,), True where --eval-max-steps ended the episode early
+
+
+def play(actor, normalize, args, videos: Path | None = None) -> Episodes:
+    """--eval-episodes episodes. `normalize` maps raw observations to what the policy sees. Seeds and noise
+    are the evaluation's own, so that training goes on as if there had been none."""
+    env = make_env(args, render_mode="rgb_array") if videos else make_env(args)
     if videos:
         name = re.sub(r"[^\w.-]+", "-", args.env_id)
-        first_three = range(3).__contains__
+
+        def first_three(episode: int) -> bool:
+            return episode < 3
+
         env = gym.wrappers.RecordVideo(env, str(videos), first_three, name_prefix=name, disable_logger=True)
     policy = numpy_policy(actor.net)
-    returns = np.zeros(args.eval_episodes)
-    lengths = np.zeros(args.eval_episodes, dtype=int)
+    found = Episodes(*(np.zeros(args.eval_episodes, dtype) for dtype in (float, int, bool)))
     generator = torch.Generator().manual_seed(args.seed)
     seeds = np.random.SeedSequence([args.seed, EVALUATION]).generate_state(args.eval_episodes).tolist()
-    for episode, seed in enumerate(seeds):
-        raw_obs, _ = env.reset(seed=seed)
-        done = False
-        while not done and lengths[episode] < 100_000:
-            obs = np.asarray(normalize(raw_obs), np.float32)[None]
-            noise = actor.noise(1, generator=generator) if args.eval_stochastic else 0.0
-            action = actor.act(policy(obs), noise)
-            raw_obs, reward, terminated, truncated, _ = env.step(actor.for_env(action, env.action_space)[0])
-            returns[episode] += reward
-            lengths[episode] += 1
-            done = terminated or truncated
-    env.close()
-    return returns, lengths
+    last_line = time.monotonic()
+    with env:  # closed, and the film finished, whatever happens
+        for episode, seed in enumerate(seeds):
+            raw_obs, _ = env.reset(seed=seed)
+            done = False
+            while not done and not found.cut[episode]:
+                obs = np.asarray(normalize(raw_obs), np.float32)[None]
+                noise = actor.noise(1, generator=generator) if args.eval_stochastic else 0.0
+                action = actor.act(policy(obs), noise)
+                action = actor.for_env(action, env.action_space)[0]
+                raw_obs, reward, terminated, truncated, _ = env.step(action)
+                found.returns[episode] += np.asarray(reward, float).item()
+                found.lengths[episode] += 1
+                done = terminated or truncated
+                found.cut[episode] = not done and found.lengths[episode] >= args.eval_max_steps
+                if time.monotonic() - last_line > 5:
+                    last_line = time.monotonic()
+                    steps = found.lengths[episode]
+                    say(f"evaluation: step {steps:,} of episode {episode + 1} of {args.eval_episodes}")
+    return found
 
 
-def summary(args, returns, lengths) -> str:
+def summary(args, found: Episodes) -> str:
+    returns, lengths, cut = found
     kind = f"{args.eval_episodes} {'stochastic' if args.eval_stochastic else 'deterministic'} episodes"
     spread = f"{returns.mean():.1f} ± {returns.std():.1f} ({returns.min():.1f} to {returns.max():.1f})"
     steps = f"{lengths.mean():.0f} ({lengths.min()} to {lengths.max()})"
-    return f"evaluation, {kind}: return {spread}, length {steps}"
+    line = f"evaluation, {kind}: return {spread}, length {steps}"
+    if cut.any():
+        limit = f"--eval-max-steps {args.eval_max_steps}"
+        line += f"; {cut.sum()} of them were cut at {limit}, their returns are sums until then"
+    return line
 
 
 def during_training(run: Run, iteration: int, actor, envs: Environments, args) -> dict:
@@ -61,16 +83,17 @@ def during_training(run: Run, iteration: int, actor, envs: Environments, args) -
     found = {"eval_return": math.nan, "eval_length": math.nan}
     if (iteration + 1) % args.eval_every == 0:
         try:
-            returns, lengths = play(actor, envs.normalize, args)
-            found = {"eval_return": float(returns.mean()), "eval_length": float(lengths.mean())}
+            episodes = play(actor, envs.normalize, args)
+            found["eval_return"] = float(episodes.returns.mean())
+            found["eval_length"] = float(episodes.lengths.mean())
         except Exception as problem:  # whatever a foreign environment raises: training can do without
-            say(f"evaluation failed: {type(problem).__name__}: {problem}", error=True)
+            say(f"evaluation failed: {shown(problem)}", error=True)
     run.lap("evaluation")
     return found
 
 
 def finish(run: Run, actor, critic, envs: Environments, args) -> None:
-    """Ends a run: model.pt, the time that it took, evaluation.csv."""
+    """Writes model.pt and evaluation.csv, and prints how long the run took."""
     wall = run.wall()
     model = {"actor": actor.cpu().state_dict(), "critic": critic.cpu().state_dict(), "config": run.config}
     if envs.obs_rms:
@@ -82,12 +105,13 @@ def finish(run: Run, actor, critic, envs: Environments, args) -> None:
     say(f"{envs.steps:,} steps in {wall:.0f} s, {envs.steps / wall:.0f} SPS; ms per iteration: {phases}")
     if args.eval_episodes:
         try:
-            returns, lengths = play(actor, envs.normalize, args)
+            found = play(actor, envs.normalize, args)
         except Exception as problem:  # whatever a foreign environment raises
             raise EnvironmentFailed(args.env_id, envs.steps) from problem
-        rows = "".join(f"{r!r},{n}\n" for r, n in zip(returns.tolist(), lengths.tolist()))
-        run.save("evaluation.csv", "return,length\n" + rows)
-        say(summary(args, returns, lengths))
+        rows = zip(found.returns.tolist(), found.lengths.tolist(), found.cut.astype(int).tolist())
+        lines = ["return,length,cut", *(f"{r!r},{n},{cut}" for r, n, cut in rows)]
+        run.save("evaluation.csv", "\n".join(lines) + "\n")
+        say(summary(args, found))
     say(f"results in {run.folder}")
 
 
@@ -109,7 +133,7 @@ def evaluate_run(Actor, args, path: Path, saved: dict) -> None:
     if videos and sys.platform == "linux":  # without a screen; read when mujoco is imported
         os.environ.setdefault("MUJOCO_GL", "egl" if ctypes.util.find_library("EGL") else "osmesa")
     try:
-        returns, lengths = play(actor, normalize, args, videos)
+        found = play(actor, normalize, args, videos)
     except Exception as problem:  # whatever a foreign environment or its renderer raises
-        fail(f"--evaluate {path.parent}: {args.env_id} failed: {type(problem).__name__}: {problem}", status=1)
-    say(summary(args, returns, lengths) + (f"; videos in {videos}" if videos else ""))
+        fail(f"--evaluate {path.parent}: {args.env_id} failed: {shown(problem)}", status=1)
+    say(summary(args, found) + (f"; videos in {videos}" if videos else ""))

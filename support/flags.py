@@ -1,20 +1,23 @@
 """Flags: those that every training script has, the ranges that values lie in, and refusals of one line.
 
-The range of a flag belongs to its type (`gamma: Fraction = 0.99`), so that a script only checks what no
+The range of a flag belongs to its type (`gamma: UnitInterval = 0.99`), so that a script only checks what no
 single flag can know. Whatever is wrong is said in one line that names the flag and the fix, before any work
 starts, and the process ends with status 2.
 """
 
 import contextlib
+import importlib.util
 import inspect
 import io
 import itertools
+import json
 import math
 import os
+import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import Annotated, Literal, NoReturn, get_type_hints
 
 import torch
 import tyro
@@ -46,22 +49,36 @@ class Length:
         return len(text) <= self.most
 
 
+@dataclass(frozen=True)
+class JsonObject:
+    """Metadata of a flag's type: a text that is a JSON object."""
+
+    must = 'be a JSON object, such as \'{"is_slippery": false}\''
+
+    def __contains__(self, text) -> bool:
+        with contextlib.suppress(ValueError, RecursionError):
+            return isinstance(json.loads(text), dict)
+        return False
+
+
 TINY = 5e-324  # the smallest positive float: where an open interval begins
 HUGE = 1.7e308  # about the largest finite one
 
+# Types of flags, named by their ranges and not by a use; (a, b] leaves a out
 Count = Annotated[int, Range(1, math.inf, "be at least 1")]
 Size = Annotated[int, Range(1, 4_096, "lie between 1 and 4,096")]
-Every = Annotated[int, Range(0, math.inf, "be 0 or positive")]
+Natural = Annotated[int, Range(0, math.inf, "be 0 or positive")]
 Episodes = Annotated[int, Range(0, 10_000, "lie between 0 and 10,000")]
 Seed = Annotated[int, Range(0, 2**31 - 1, "lie in [0, 2^31)")]
-StepSize = Annotated[float, Range(TINY, 1, "lie in (0, 1]")]
-Fraction = Annotated[float, Range(0, 1, "lie in [0, 1]")]
-Norm = Annotated[float, Range(TINY, 1_000, "lie in (0, 1,000]")]
-Weight = Annotated[float, Range(0, HUGE, "be 0 or positive, and finite")]
+UnitStep = Annotated[float, Range(TINY, 1, "lie in (0, 1]")]
+UnitInterval = Annotated[float, Range(0, 1, "lie in [0, 1]")]
+UpTo1000 = Annotated[float, Range(TINY, 1_000, "lie in (0, 1,000]")]
+NonNegative = Annotated[float, Range(0, HUGE, "be 0 or positive, and finite")]
 Positive = Annotated[float, Range(TINY, HUGE, "be positive and finite")]
-Bound = Annotated[float, Range(0, math.inf, "be 0 or positive")]
-Clip = Annotated[float, Range(TINY, math.inf, "be positive")]
+NonNegativeOrInf = Annotated[float, Range(0, math.inf, "be 0 or positive")]
+PositiveOrInf = Annotated[float, Range(TINY, math.inf, "be positive")]
 Name = Annotated[str, Length(100)]
+Json = Annotated[str, JsonObject()]
 
 
 class Flags:
@@ -71,17 +88,21 @@ class Flags:
 
     unit = "step"
     checkpoint_every = 0  # iterations; 0: a twentieth of the run
+    tensorboard = False
 
     def require(self, flag: str, ok: bool, must: str) -> None:
-        """Ends the process with one line that names the flag and what it must do, unless ok."""
+        """Refuses the value of a flag unless ok."""
         if not ok:
-            fail(f"--{flag.replace('_', '-')} must {must}, got {getattr(self, flag)!r}")
+            self.refuse(flag, must)
+
+    def refuse(self, flag: str, must: str) -> NoReturn:
+        """Ends the process with one line that names the flag and what it must do."""
+        fail(f"--{flag.replace('_', '-')} must {must}, got {getattr(self, flag)!r}")
 
 
 @dataclass
 class RunFlags(Flags):
-    """The flags of every script that trains in Gymnasium's environments; its Args adds those of its
-    algorithm."""
+    """The flags of every script that trains in Gymnasium's environments; its Args adds the algorithm's."""
 
     env_id: Name
     """Gymnasium id of the environment ("module:id" imports the module first)"""
@@ -91,17 +112,25 @@ class RunFlags(Flags):
     """name of the experiment, part of the run folder's name (empty: the script's name)"""
     seed: Seed = 1
     """seed of the environments, the networks, the exploration noise and the minibatches"""
+    env_kwargs: Json = "{}"
+    """arguments of the environment, as JSON: '{"is_slippery": false}'"""
+    rescale_actions: Literal["auto", "on", "off"] = "auto"
+    """act in [-1, 1] and rescale to the action box: "auto" where a side of the box is far from that, a
+    hundred times as long, a hundredth, or centred elsewhere"""
     runs_dir: str = "runs"
     """folder that receives the run folder {env_id}__{exp_name}__{seed}__{unix time}"""
-    checkpoint_every: Every = 0
+    checkpoint_every: Natural = 0
     """iterations between checkpoints (0: a twentieth of the run)"""
     resume: str = ""
-    """run folder to continue in place from its last checkpoint, with the flags it was started with"""
+    """run folder to continue in place from its last checkpoint, with the flags it was started with; a larger
+    --total-timesteps makes it longer"""
     evaluate: str = ""
-    """run folder whose policy to evaluate instead of training"""
+    """run folder, or model.pt of a run, whose policy to evaluate instead of training"""
     eval_episodes: Episodes = 10
     """episodes of an evaluation: at the end, by --evaluate, by --eval-every (0: none)"""
-    eval_every: Every = 0
+    eval_max_steps: Count = 10_000
+    """steps at which an episode of an evaluation is cut, and counted as cut"""
+    eval_every: Natural = 0
     """iterations between evaluations during training, which they leave untouched (0: none)"""
     eval_stochastic: bool = False
     """sample the actions of evaluations as in training, instead of taking the most likely ones"""
@@ -111,6 +140,8 @@ class RunFlags(Flags):
     """train on the GPU; for networks of this size the CPU is faster"""
     track: bool = False
     """log to Weights and Biases too (WANDB_MODE=offline needs no account, WANDB_PROJECT names the project)"""
+    tensorboard: bool = False
+    """write event files for TensorBoard into the run folder too (needs the package tensorboard)"""
 
     @property
     def subject(self) -> str:
@@ -121,8 +152,26 @@ class RunFlags(Flags):
         return self.total_timesteps
 
     @property
+    def env_options(self) -> dict:
+        """--env-kwargs as a dictionary."""
+        return json.loads(self.env_kwargs)
+
+    @property
     def device(self) -> torch.device:
         return torch.device("cuda" if self.cuda else "cpu")
+
+
+def shown(problem: BaseException) -> str:
+    """A foreign exception in one line: its type, and its message if it has one."""
+    message = " ".join(str(problem).split())
+    return f"{type(problem).__name__}: {message}" if message else type(problem).__name__
+
+
+def print_anything() -> None:
+    """From here on printing replaces characters that the encoding of a terminal or pipe does not have."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def say(message: str, error: bool = False) -> None:
@@ -130,19 +179,20 @@ def say(message: str, error: bool = False) -> None:
     stream = sys.stderr if error else sys.stdout
     try:
         print(message, file=stream, flush=True)
+    except UnicodeEncodeError:
+        print(message.encode("ascii", "replace").decode(), file=stream, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what is still buffered must go somewhere
 
 
-def fail(message: str, status: int = 2):
+def fail(message: str, status: int = 2) -> NoReturn:
     """Ends the process with one line on standard error."""
     say(f"error: {' '.join(message.split())}", error=True)
     raise SystemExit(status)
 
 
 def check_ranges(args: Flags) -> None:
-    """Refuses a flag outside of the range that its type names. None, where a type allows it, is no value
-    yet."""
+    """Refuses a flag outside of the range that its type names; where that allows None, it may be unset."""
     for flag, kind in get_type_hints(type(args), include_extras=True).items():
         value = getattr(args, flag)
         for allowed in getattr(kind, "__metadata__", ()):
@@ -152,18 +202,55 @@ def check_ranges(args: Flags) -> None:
 def check_run_flags(args: RunFlags) -> None:
     """Refuses what is wrong with the flags that all training scripts share."""
     check_ranges(args)
-    evaluates = bool(args.evaluate or args.eval_every)
-    args.require("capture_video", not args.capture_video or bool(args.evaluate), "come with --evaluate RUN")
-    args.require("eval_episodes", args.eval_episodes > 0 or not evaluates, "be at least 1 to evaluate")
-    args.require("cuda", not args.cuda or torch.cuda.is_available(), "be off: torch finds no GPU here")
+    if args.capture_video and not args.evaluate:
+        args.refuse("capture_video", "come with --evaluate RUN")
+    if args.eval_episodes == 0 and (args.evaluate or args.eval_every):
+        args.refuse("eval_episodes", "be at least 1 to evaluate")
+    if args.cuda and not torch.cuda.is_available():
+        args.refuse("cuda", "be off: torch finds no GPU here")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        args.refuse("tensorboard", "come with its package: pip install tensorboard")
+
+
+def translated(words: list[str], Args) -> list[str]:
+    """A command line as tyro reads it: `--norm-adv=False` and `--anneal-lr=true`, which is how the sweep
+    agents of wandb pass booleans, become --no-norm-adv and --anneal-lr; 1e6 becomes 1000000 for a flag that
+    takes an integer."""
+    kinds = {name.replace("_", "-"): kind for name, kind in get_type_hints(Args).items()}
+    result = []
+    expects = None  # the type of the value that follows a flag
+    for word in words:
+        flag, equals, value = word.partition("=")
+        kind = kinds.get(flag[2:].replace("_", "-")) if flag.startswith("--") else None
+        if equals and kind is bool:
+            name = flag[2:].replace("_", "-")
+            if value.lower() not in ("true", "false"):
+                fail(f"--{name} must be true or false where it has a value, got {value!r}")
+            word = f"--{name}" if value.lower() == "true" else f"--no-{name}"
+        elif equals and kind is int:
+            word = f"{flag}={whole_number(value)}"
+        elif expects is int:
+            word = whole_number(word)
+        expects = None if equals else kind
+        result.append(word)
+    return result
+
+
+def whole_number(text: str) -> str:
+    """1e6 and 2.5e5 as digits; any other text as it is."""
+    if re.fullmatch(r"[+-]?[\d_]+(\.\d*)?[eE]\+?\d{1,2}", text):
+        value = float(text)
+        return str(int(value)) if value.is_integer() else text
+    return text
 
 
 def parse_args(Args, description: str, argv: list[str] | None = None):
     """The command line as an instance of Args; tyro's boxed complaints become one line."""
     complaint = io.StringIO()
+    words = translated(sys.argv[1:] if argv is None else argv, Args)
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(Args, args=argv, description=description)
+            return tyro.cli(Args, args=words, description=description)
     except SystemExit as stop:
         if stop.code:
             _title, *body = [line.strip("│╭╮╰╯─ ") for line in complaint.getvalue().splitlines()]

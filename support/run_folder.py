@@ -7,7 +7,6 @@ same bytes as one that was not.
 """
 
 import contextlib
-import fcntl
 import importlib.metadata
 import io
 import itertools
@@ -23,24 +22,27 @@ import sys
 import tempfile
 import time
 import traceback
+import zlib
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
+import filelock
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from support.flags import fail, given_flags, say, script_of
+from support.flags import fail, say, script_of, shown
 
 CHECKPOINT = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
 MODEL = "model.pt"
+LOCK = "run.lock"
 
 
 class Stop(Exception):
-    """Ends a run with one line. What it measured is on disk, and --resume goes on from its last
-    checkpoint."""
+    """Ends a run with one line. What it measured is on disk; --resume goes on from its last checkpoint."""
 
     def __init__(self, message: str, status: int = 1):
         super().__init__(message)
@@ -115,7 +117,7 @@ def versions() -> dict[str, str]:
 def git_commit(args) -> str:
     with contextlib.suppress(OSError):  # no git here
         git = ["git", "-C", script_of(args).resolve().parent, "rev-parse", "HEAD"]
-        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(git, capture_output=True, text=True, errors="replace").stdout.strip()
     return ""
 
 
@@ -128,16 +130,31 @@ def check_runs_dir(runs_dir: str) -> None:
         fail(f"--runs-dir {runs_dir} is not writable ({problem.strerror}): name another folder")
 
 
-def lock(folder: Path) -> int:
-    """A file descriptor that keeps other processes from writing the run, until it is closed or its process
-    ends."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def slug(name: str) -> str:
+    """A name as part of a folder's: other characters than letters, digits, points and dashes become dashes.
+    Names with letters from elsewhere, which would all look alike then, get a checksum that keeps them
+    apart."""
+    text = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)
+    return text if name.isascii() else f"{text}-{zlib.crc32(name.encode('utf-8', 'replace')):08x}"
+
+
+def lock_folder(folder: Path) -> filelock.BaseFileLock:
+    """Keeps other processes from writing the run, until it is released or its process ends."""
+    held = filelock.FileLock(folder / LOCK, blocking=False)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
+        held.acquire()
+    except filelock.Timeout:
         fail(f"--resume {folder}: another process is writing this run: wait for it or stop it")
-    return descriptor
+    except (OSError, NotImplementedError) as problem:  # some network file systems and containers
+        why = f"nothing keeps a second process from writing {folder}"
+        say(f"note: files cannot be locked here ({shown(problem)}): {why}", error=True)
+    return held
+
+
+def misfit(flag: str, path, problem: Exception) -> NoReturn:
+    """What was saved is not what this version of the script, or of the environment, saves."""
+    reason = shown(problem)[:80]
+    fail(f"{flag} {path} does not fit the networks or the environment of this version ({reason})")
 
 
 class Run:
@@ -163,22 +180,25 @@ class Run:
         self.seconds = defaultdict(float)  # by phase, over all iterations
         self.earlier = 0.0  # seconds before this process
         self.start = time.perf_counter()
-        self.step = 0  # as in the last row of progress.csv
-        self.signal = None
+        self.step = checkpoint["step"] if checkpoint else 0  # as in the last row of progress.csv
+        self.received = None  # the number of a signal that asks to stop
+        self.closed = False
         self.files = {}
         self.lines = {}
         self.handlers = {}
         self.bar = None
         self.wandb = None
+        self.events = None
         self.last_line = 0.0
+        self.noted = False  # whether it was said that updates are refused
         if checkpoint:
             self.folder = Path(args.resume)
-            self.lock = checkpoint["lock"]
+            self.lock = checkpoint["lock"]  # which has been held since before it was read
             self.config = checkpoint["config"]
         else:
             self.folder = self.make_folder()
-            self.lock = lock(self.folder)
-            self.config = {"script": script_of(args).name, "flags": asdict(args)}
+            self.lock = lock_folder(self.folder)
+            self.config = {"script": script_of(args).name, "id": self.folder.name, "flags": asdict(args)}
             self.config["versions"] = versions() | {"git_commit": git_commit(args)}
             self.save("config.json", json.dumps(self.config, indent=2) + "\n")
         self.open_table("progress.csv")
@@ -189,10 +209,12 @@ class Run:
             self.bar = tqdm(total=args.total, unit=args.unit, file=sys.stdout)
         if args.track:
             self.begin_broadcast()
+        if args.tensorboard:
+            self.begin_events()
 
     def make_folder(self) -> Path:
         args = self.args
-        stem = re.sub(r"[^\w.-]+", "-", f"{args.subject}__{args.exp_name}__{args.seed}", flags=re.ASCII)
+        stem = f"{slug(args.subject)}__{slug(args.exp_name)}__{args.seed}"
         for born in itertools.count(int(time.time())):  # the next free second: runs may start together
             folder = Path(args.runs_dir) / f"{stem}__{born}"
             with contextlib.suppress(FileExistsError):
@@ -202,37 +224,36 @@ class Run:
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, problem, _traceback):
-        if isinstance(problem, Stop):
-            message = f"error: {problem}" if problem.status == 1 else str(problem)
-            if cause := problem.__cause__:
+    def __exit__(self, _kind, raised, _traceback):
+        if isinstance(raised, Stop):
+            message = f"error: {raised}" if raised.status == 1 else f"{raised}"
+            if cause := raised.__cause__:
                 error = self.folder / "error.txt"
                 with self.storing():
-                    error.write_text("".join(traceback.format_exception(cause)))
-                message += f": {type(cause).__name__}: {cause} (traceback in {error})"
-            self.stop(message, problem.status)
+                    error.write_text("".join(traceback.format_exception(cause)), encoding="utf-8")
+                message += f": {shown(cause)} (traceback in {error})"
+            self.stop(message, raised.status)
         self.close()
 
     # Iterations
 
     def iterations(self):
-        """The numbers of the iterations that are left. After each of them what is due: a checkpoint, or the
-        end."""
-        first = self.restore() if self.restored else 0
+        """The numbers of the iterations that are left; after each of them a checkpoint or the end, if due."""
+        first = self.restore_parts() if self.restored else 0
         self.start = time.perf_counter()
         if self.parts and not self.restored:
-            self.checkpoint(0)  # from now on a killed run can go on
+            self.write_checkpoint(0)  # from now on a killed run can go on
         every = self.args.checkpoint_every or math.ceil(self.count / 20)
         for iteration in range(first, self.count):
             self.lap.restart()
             yield iteration
             done = iteration + 1
-            if self.parts and (self.signal or done % every == 0 or done == self.count):
-                self.checkpoint(done)
-            if self.signal:
-                raise Stop(f"stopped at {self.args.unit} {self.step}", status=128 + self.signal)
+            if self.parts and (self.received or done % every == 0 or done == self.count):
+                self.write_checkpoint(done)
+            if self.received:
+                raise Stop(f"stopped at {self.args.unit} {self.step}", status=128 + self.received)
 
-    def restore(self) -> int:
+    def restore_parts(self) -> int:
         """Puts every part where it was when the checkpoint was written, and returns the next iteration."""
         saved = self.restored
         try:
@@ -244,13 +265,13 @@ class Run:
         except (KeyError, RuntimeError, ValueError) as problem:
             misfit("--resume", self.args.resume, problem)
 
-    def checkpoint(self, iteration: int) -> None:
-        """Saves the parts, and how many lines of the csv files, which are brought to disk first, belong to
-        them."""
+    def write_checkpoint(self, iteration: int) -> None:
+        """Saves the parts, and how many rows of the csv files, brought to disk before, belong to them."""
         with self.storing():
             for file in self.files.values():
                 os.fsync(file.fileno())
-        state = {"iteration": iteration, "wall": self.wall(), "seconds": dict(self.seconds)}
+        state = {"iteration": iteration, "step": self.step}
+        state |= {"wall": self.wall(), "seconds": dict(self.seconds)}
         state["parts"] = {name: state_of(part) for name, part in self.parts.items()}
         self.save(CHECKPOINT, state | {"config": self.config, "lines": self.lines})
 
@@ -261,11 +282,10 @@ class Run:
     # Rows and files
 
     def open_table(self, name: str, header: str = "") -> None:
-        """Opens a csv file for write(). Rows after the checkpoint are forgotten: they will be measured
-        again."""
+        """Opens a csv file for write(). Rows after the checkpoint are dropped: they are measured again."""
         path = self.folder / name
         with self.storing():
-            self.files[name] = open(path, "a", buffering=1)  # flushed at every line
+            self.files[name] = open(path, "a", buffering=1, encoding="utf-8")  # flushed at every line
             self.lines[name] = self.restored["lines"][name] if self.restored else 0
             kept = path.read_bytes().splitlines(keepends=True)[: self.lines[name]]
             self.files[name].truncate(sum(map(len, kept)))
@@ -280,6 +300,7 @@ class Run:
     def log_means(self, step: int, known: dict, metrics: Metrics, evaluated: dict | None = None) -> None:
         """A row of progress.csv: what is known, the means of the metrics, this iteration's seconds by phase,
         and what an evaluation found."""
+        self.note_skipped_updates(metrics)
         wall = self.wall()
         row = {"global_step": step, "wall_seconds": round(wall, 3), "sps": round(step / wall, 1)}
         row |= known
@@ -290,9 +311,17 @@ class Run:
             self.seconds[phase] += spent
         self.log(row, f"SPS {row['sps']:.0f}  return {row['return_100']:.1f}  KL {row['approx_kl']:.4f}")
 
-    def log(self, row: dict, shown: str) -> None:
-        """A row of progress.csv, of wandb and, as `shown`, of the terminal; its first column says how far the
-        run is."""
+    def note_skipped_updates(self, metrics: Metrics) -> None:
+        """Says, once in a run, that training only seems to go on."""
+        skipped = float(np.mean(metrics["skipped_updates"]))
+        if skipped > 0.1 and not self.noted:
+            self.noted = True
+            what = f"{skipped:.0%} of this iteration's updates were skipped, because gradients are not finite"
+            say(f"note: {what}. Very large rewards? Try --norm-reward, or smaller step sizes", error=True)
+
+    def log(self, row: dict, line: str) -> None:
+        """A row of progress.csv, of wandb and TensorBoard, and `line` for the terminal. Every row has the
+        columns of the first; the first column says how far the run is."""
         with self.storing():
             os.stat(self.folder / "progress.csv")  # the open file would not notice that the folder is gone
         if not self.lines["progress.csv"]:
@@ -302,23 +331,25 @@ class Run:
         if self.wandb:
             with self.broadcast():
                 self.wandb.log(row, step=self.step)
+        if self.events:
+            for name, value in row.items():
+                self.events.add_scalar(name, value, self.step)
         if self.bar is not None:
             with contextlib.suppress(OSError):  # the terminal is gone
-                self.bar.set_postfix_str(shown, refresh=False)
+                self.bar.set_postfix_str(line, refresh=False)
                 self.bar.update(self.step - self.bar.n)
         elif time.time() - self.last_line > 5:
             self.last_line = time.time()
             total = f"{self.args.total:,}"
-            say(f"{self.args.unit} {self.step:>{len(total)},} of {total}  {shown}")
+            say(f"{self.args.unit} {self.step:>{len(total)},} of {total}  {line}")
 
     def save(self, name: str, content: str | dict) -> None:
-        """Writes a file under a temporary name first, so that `name` is whole at any moment, whatever
-        happens."""
+        """Writes a file under another name, then renames it: it is whole wherever it is there."""
         data = io.BytesIO()
         if isinstance(content, dict):
             torch.save(content, data)
         else:
-            data.write(content.encode())
+            data.write(content.encode("utf-8"))
         path = self.folder / name
         temporary = self.folder / f"{name}.tmp"
         with self.storing(), contextlib.ExitStack() as cleanup:
@@ -336,16 +367,23 @@ class Run:
         try:
             yield
         except OSError as problem:  # disk full, folder deleted, ...
-            self.stop(f"error: cannot write to {self.folder}: {problem.strerror}")
+            self.stop(f"error: cannot write to {self.folder}: {problem.strerror or shown(problem)}")
 
-    # Weights and Biases
+    # Weights and Biases, TensorBoard
 
     def begin_broadcast(self) -> None:
         with self.broadcast():
             import wandb
 
-            name = self.folder.name
-            self.wandb = wandb.init(name=name, id=name, resume="allow", config=self.config, dir=self.folder)
+            known = self.config.get("id", self.folder.name)  # of a renamed folder its first name
+            named = dict(name=self.folder.name, id=known, resume="allow")
+            self.wandb = wandb.init(**named, config=self.config, dir=self.folder)
+
+    def begin_events(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        again = self.step + 1 if self.restored else None  # from here on rows are measured again
+        self.events = SummaryWriter(self.folder, purge_step=again)
 
     @contextlib.contextmanager
     def broadcast(self):
@@ -353,14 +391,14 @@ class Run:
         try:
             yield
         except Exception as problem:
-            say(f"wandb is off: {problem}", error=True)
+            say(f"wandb is off: {shown(problem)}", error=True)
             self.wandb = None
 
     # The end
 
     def on_signal(self, number, _frame) -> None:
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-        self.signal = number
+        self.received = number
         with contextlib.suppress(OSError):
             os.write(2, b"\nstopping after this iteration; once more to stop at once\n")
 
@@ -369,7 +407,7 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    def stop(self, message: str, status: int = 1):
+    def stop(self, message: str, status: int = 1) -> NoReturn:
         """Ends the process with one line, which says how to go on."""
         self.close()
         if (self.folder / CHECKPOINT).exists():
@@ -380,6 +418,10 @@ class Run:
         raise SystemExit(status)
 
     def close(self) -> None:
+        """Closes all that is open, once; also called where the run has ended before."""
+        if self.closed:
+            return
+        self.closed = True
         self.release_signals()
         for file in self.files.values():
             with contextlib.suppress(OSError):  # of a full disk, which has been reported
@@ -390,108 +432,6 @@ class Run:
         if self.wandb:
             with self.broadcast():
                 self.wandb.finish()
-        with contextlib.suppress(OSError):  # closed before
-            os.close(self.lock)
-
-
-# Going on with a run, or evaluating it
-
-
-def misfit(flag: str, path, problem: Exception):
-    """What load returned is not what this version of the script, or of the environment, saves."""
-    reason = f"{type(problem).__name__}: {str(problem)[:60]}"
-    fail(f"{flag} {path} does not fit the networks or the environment of this version ({reason})")
-
-
-def load(flag: str, args, *names: str) -> tuple[dict, Path]:
-    """What a run of args's script saved, and its path: in the file that flag names, or in its folder under
-    the first of names that is there. "args" are the run's flags. Damaged or foreign files are refused, and
-    never executed."""
-    place = Path(getattr(args, flag.lstrip("-")))
-    there = [place / name for name in names if os.path.exists(place / name)]
-    path = place if os.path.isfile(place) else (there or [place / names[0]])[0]
-    folder = path.parent
-    older = path.with_name(PREVIOUS)
-    hint = ""
-    if path.name == CHECKPOINT and os.path.exists(older):
-        hint = f"; the one before it: {flag} {shlex.quote(str(older))}"
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        config = json.loads((folder / "config.json").read_text())
-        own = saved["config"]
-        script, flags, then = own["script"], own["flags"], own["versions"]
-        if flag == "--resume":
-            check_rows(folder, saved["lines"], path.name, hint)
-    except FileNotFoundError as missing:
-        fail(f"{flag} {folder} has no {Path(missing.filename).name}: name the folder of a run")
-    except Exception as problem:  # a torn zip file, other contents, an unreadable disk, ...
-        fail(f"{flag} {folder}: {path.name} is damaged or no checkpoint ({str(problem)[:60]}){hint}")
-    if script != script_of(args).name:
-        fail(f"{flag} {folder} is a run of {script}: use that script")
-    if config != own:
-        other = f"{flags.get('env_id')}, seed {flags.get('seed')}"
-        fail(f"{flag} {folder}: {path.name} is of another run ({other}){hint}")
-    checkout = f"check out commit {then.get('git_commit')}"
-    if path.name != MODEL and "parts" not in saved:
-        fail(f"{flag} {folder} was begun by an older version: {checkout}")
-    try:
-        saved["args"] = type(args)(**flags)
-    except TypeError:
-        fail(f"{flag} {folder} was begun by a version with other flags: {checkout}")
-    now = versions() | {"git_commit": git_commit(args)}
-    changed = [f"{name} {then.get(name)} (now {now[name]})" for name in now if now[name] != then.get(name)]
-    if changed:
-        say(f"note: {folder} was begun with {', '.join(changed)}; results may differ", error=True)
-    return saved, path
-
-
-def check_rows(folder: Path, lines: dict[str, int], checkpoint: str, hint: str) -> None:
-    """Refuses to go on where a csv file has fewer rows than belong to the checkpoint."""
-    for name, count in lines.items():
-        if (folder / name).read_bytes().count(b"\n") < count:
-            what = f"{name} has lost rows that {checkpoint} counts on"
-            fail(f"--resume {folder}: {what}{hint or ': start a new run'}")
-
-
-def own_flags(args, argv: list[str] | None, saved: dict, free: set[str], why: str) -> dict:
-    """The flags of the saved run, with those of `free` that the command line names; others it must leave as
-    they are."""
-    own = asdict(saved["args"])
-    given = given_flags(args, argv)
-    for name in sorted(given - free):
-        if getattr(args, name) != own[name]:
-            fail(f"--{name.replace('_', '-')} {why}: drop it")
-    return own | {name: getattr(args, name) for name in given & free}
-
-
-def resumed(args, argv: list[str] | None):
-    """The flags and the checkpoint of the run to go on with: --resume is its folder, or one of its
-    checkpoints."""
-    folder = Path(args.resume if os.path.isdir(args.resume) else os.path.dirname(args.resume))
-    if not os.path.exists(folder / "config.json"):
-        fail(f"--resume {args.resume} is not the folder of a run")
-    descriptor = lock(folder)  # before the checkpoint is read, which another process may be about to replace
-    try:
-        checkpoint, path = load("--resume", args, CHECKPOINT, PREVIOUS)
-        why = "cannot change on the way, --resume goes on with the flags of the run"
-        own = own_flags(args, argv, checkpoint, {"resume", "cuda", "track"}, why)
-        if path.name != CHECKPOINT:  # the newer one counts on rows that will now be written again
-            os.replace(path, folder / CHECKPOINT)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    args = type(args)(**own | {"resume": str(folder), "runs_dir": str(folder.parent)})
-    return args, checkpoint | {"lock": descriptor}
-
-
-def evaluated(args, argv: list[str] | None):
-    """The flags to evaluate with, the path and the contents of the model, or of the last checkpoint, of
-    --evaluate."""
-    saved, path = load("--evaluate", args, MODEL, CHECKPOINT, PREVIOUS)
-    if path.name != MODEL:  # as if the run ended there
-        parts = saved["parts"]
-        saved |= {"actor": parts["actor"], "obs_rms": parts["envs"]["obs_rms"]}
-    here = {"evaluate", "eval_episodes", "eval_stochastic", "capture_video"}  # never the run's, given or not
-    why = "has no part in --evaluate, which takes it from the run"
-    own = own_flags(args, argv, saved, here | {"seed"}, why)
-    return type(args)(**own | {name: getattr(args, name) for name in here}), path, saved
+        if self.events:
+            self.events.close()
+        self.lock.release()

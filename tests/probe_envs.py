@@ -199,7 +199,114 @@ class Grid(Choice):
         return np.full((4, 4, 3), self.t, np.uint8)
 
 
+class Endless(Probe):
+    """Never ends, and has no time limit."""
+
+    steps = 10**9
+
+
+class Texts(Probe):
+    """A Dict observation, of which one part is text."""
+
+    def __init__(self):
+        super().__init__()
+        number = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+        self.observation_space = gym.spaces.Dict({"mission": gym.spaces.Text(30), "place": number})
+
+    def observe(self):
+        return {"mission": "go to the door", "place": np.full(2, self.t, np.float32)}
+
+
+class Sequences(Probe):
+    """A Dict observation, of which one part has no fixed length."""
+
+    def __init__(self):
+        super().__init__()
+        list_of_any_length = gym.spaces.Sequence(gym.spaces.Discrete(3))
+        inside = gym.spaces.Dict({"queue": list_of_any_length, "place": gym.spaces.Discrete(2)})
+        self.observation_space = gym.spaces.Dict({"state": inside})
+
+    def observe(self):
+        return {"state": {"queue": (0, 1), "place": 0}}
+
+
+class Silent(Probe):
+    """Fails without a message."""
+
+    def __init__(self):
+        raise AssertionError
+
+
+class Missing(Probe):
+    """Fails with an exception whose message is only a word."""
+
+    def __init__(self):
+        raise KeyError("license")
+
+
+class ArrayReward(Probe):
+    """Rewards are arrays of one element."""
+
+    steps = 3
+
+    def reward(self, action):
+        return np.array([2.0])
+
+
+class HugeReward(Probe):
+    """Rewards whose squares are beyond single precision."""
+
+    steps = 3
+
+    def reward(self, action):
+        return 1e30
+
+
+class Wide(Probe):
+    """A box of +-2,000 in which the best action is 1,000: OneStep's task in other units."""
+
+    def __init__(self):
+        super().__init__()
+        self.action_space = gym.spaces.Box(-2000.0, 2000.0, self.action_shape, np.float32)
+
+    def step(self, action):
+        assert action.shape == self.action_shape and (np.abs(action) <= 2000).all()
+        self.t += 1
+        reward = 1.0 - float(((action / 2000 - 0.5) ** 2).sum())
+        return self.observe(), reward, True, False, {}
+
+
+class Unit(OneStep):
+    """The same task in a box of +-1."""
+
+    def __init__(self):
+        super().__init__()
+        self.action_space = gym.spaces.Box(-1.0, 1.0, self.action_shape, np.float32)
+
+
+class Picture(Probe):
+    """As large as a frame of an Atari game."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_space = gym.spaces.Box(0, 255, (84, 84, 3), np.uint8)
+
+    def observe(self):
+        return np.full((84, 84, 3), self.t % 256, np.uint8)
+
+
+class Options(Probe):
+    """Takes an argument: how long its episodes are."""
+
+    def __init__(self, length=1, name="none"):
+        super().__init__()
+        self.steps = length
+        self.name = name
+
+
+NEW = (Endless, Texts, Sequences, Silent, Missing, ArrayReward, HugeReward, Wide, Unit, Picture, Options)
 for env in (
+    *NEW,
     ManyActions,
     Choice,
     Grid,
@@ -220,3 +327,59 @@ for env in (
 ):
     gym.register(f"Probe{env.__name__}-v0", entry_point=env)
 gym.register("ProbeForever-v0", entry_point=Forever, max_episode_steps=5)
+
+
+class Wander(gym.Env):
+    """Random dynamics with means and scales far from 0 and 1, in episodes of 2 to 12 steps, ended by
+    termination, by truncation, or by both at once. Remembers all that it is asked and answers."""
+
+    made = []  # all of them, in the order in which they were made
+    spike = None  # the step of the first one made at which observation and reward are out of all range
+
+    def __init__(self):
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
+        self.resets = []  # (seed, observation)
+        self.steps = []  # (action, observation, reward, terminated, truncated)
+        Wander.made.append(self)
+
+    def observe(self):
+        return np.array([5.0, -20.0, 0.01]) + np.array([1.0, 10.0, 1e-3]) * self.x
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x = self.np_random.normal(size=3)
+        self.left = self.np_random.integers(2, 13)
+        self.end = [(True, False), (False, True), (False, True), (True, True)][self.np_random.integers(4)]
+        self.resets.append((seed, self.observe()))
+        return self.observe(), {}
+
+    def step(self, action):
+        self.x = 0.8 * self.x + 0.3 * self.np_random.normal(size=3) + 0.3 * self.push(action)
+        obs = self.observe()
+        reward = float(3 + self.x[0] - 0.5 * self.x[1] ** 2 + 0.3 * self.np_random.normal())
+        if self is Wander.made[0] and len(self.steps) + 1 == self.spike:
+            obs = obs - 1e4
+            reward += 1e4
+        self.left -= 1
+        terminated, truncated = self.end if self.left == 0 else (False, False)
+        self.steps.append((np.copy(action), obs, reward, terminated, truncated))
+        return obs, reward, terminated, truncated, {}
+
+    def push(self, action):
+        return np.append(action, 0.0)
+
+
+class WanderDiscrete(Wander):
+    """Three actions, 2 to 4."""
+
+    def __init__(self):
+        super().__init__()
+        self.action_space = gym.spaces.Discrete(3, start=2)
+
+    def push(self, action):
+        return 2 * np.eye(3)[action - 2]
+
+
+gym.register("ProbeWander-v0", entry_point=Wander)
+gym.register("ProbeWanderDiscrete-v0", entry_point=WanderDiscrete)

@@ -13,7 +13,8 @@ import blpo_continuous as blpo
 import blpo_discrete
 import nystrom
 import ppo_continuous as ppo
-from support.environments import RunningMeanStd, numpy_policy
+from support.acting import numpy_policy
+from support.environments import RunningMeanStd
 from support.run_folder import Metrics
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -138,7 +139,7 @@ class MDP:
                 rewards=self.r,
                 terminated=self.terminated.double(),
                 cut=self.cut,
-                gae_matrix=matrix,
+                Gamma=matrix,
             )
 
     def best_response(self, theta, rho=0.0, center=None):
@@ -309,7 +310,7 @@ def test_released_mode_equals_literal_double_differentiation_of_L2(seed):
         obs, next_obs = mdp.phi[mdp.s] @ w, mdp.phi[mdp.next_s] @ w
         next_values = torch.where(mdp.cut, next_obs, obs.roll(-1, 1))
         delta = mdp.r + GAMMA * (1 - mdp.batch.terminated) * next_values - obs
-        return torch.einsum("ntk,nk->nt", mdp.batch.gae_matrix, delta), obs
+        return torch.einsum("ntk,nk->nt", mdp.batch.Gamma, delta), obs
 
     A, V = advantages_and_values(w)
     f = -torch.min(ratio * A, ratio.clamp(0.8, 1.2) * A).mean()
@@ -370,7 +371,7 @@ def test_policy_and_value_losses_by_hand():
             2.5
         )
     values, old, returns = torch.tensor([1.0, 0.1]), torch.tensor([0.0, 0.0]), torch.tensor([1.0, 1.0])
-    mb = ppo.Batch(obs=None, actions=None, logprobs=None, advantages=returns - old, returns=returns)
+    mb = ppo.Batch(obs=None, actions=None, logprobs=None, old_advantages=returns - old, returns=returns)
     clipped = (0.8**2 + 0.9**2) / 2  # the first value is held near its old one, where its error is larger
     assert float(ppo.value_loss(values, mb, ppo.Args(vf_coef=3.0))) == pytest.approx(3 * clipped / 2)
     plain = (0**2 + 0.9**2) / 2
@@ -449,9 +450,9 @@ def test_non_finite_critic_drops_the_term_and_non_finite_gradients_are_refused()
     before = optimizer.vector.detach().clone()
     for bad in (math.nan, math.inf):
         optimizer.step(torch.tensor([1.0, bad]))
-        assert optimizer.refused and torch.equal(optimizer.vector.detach(), before)
+        assert optimizer.skipped and torch.equal(optimizer.vector.detach(), before)
     optimizer.step(torch.tensor([1.0, 0.0]))
-    assert not optimizer.refused and float(layer.weight.detach()) < float(before[0])
+    assert not optimizer.skipped and float(layer.weight.detach()) < float(before[0])
 
 
 @pytest.mark.parametrize("script", [ppo, blpo])

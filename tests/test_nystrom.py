@@ -15,6 +15,7 @@ from nystrom import (
     nystrom_ihvp,
     nystrom_solve,
     sketch_matrix,
+    solve,
 )
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -212,8 +213,8 @@ def test_what_cg_says_of_its_solution(iterations):
 
 @pytest.mark.parametrize("condition", [3, 1e4, 1e5, 1e6])
 def test_cg_in_single_precision_says_what_it_reached(condition):
-    """The residual of the recurrence falls on and on, whatever the true one does: the true one is reported, and that
-    the dtype allows no more."""
+    """The residual of the recurrence falls on and on, whatever the true one does: the true one is reported,
+    and that the dtype allows no more."""
     H, v = random_symmetric(60, 13, torch.logspace(0, math.log10(condition), 60) - 1)
     x, info = cg_ihvp(products(H.float()), v.float(), 1.0, 5000, 1e-6)
     truth = float(((H + torch.eye(60)) @ x.double() - v).norm() / v.norm())
@@ -277,8 +278,21 @@ def test_loss_hessian_products_equal_those_of_the_gradient_function():
 def test_nothing_is_differentiable_in_v():
     H, v = random_symmetric(6, 15)
     v.requires_grad_()
-    for x, _ in (nystrom_ihvp(products(H), v, 2, 30.0), cg_ihvp(products(H), v, 30.0), cg_ihvp(products(H), v * 0)):
-        assert not x.requires_grad
+    solutions = [nystrom_ihvp(products(H), v, 2, 30.0), cg_ihvp(products(H), v, 30.0)]
+    solutions += [nystrom_ihvp(products(H), v * 0, 2, 30.0), cg_ihvp(products(H), v * 0, 30.0)]
+    assert not any(x.requires_grad for x, _ in solutions)
+
+
+def test_products_that_are_not_finite():
+    """No solver takes them for a small correction."""
+    v = torch.ones(3)
+    for bad in (math.nan, math.inf):
+        for solver in (cg_ihvp, nystrom_ihvp):
+            with pytest.raises(ValueError, match="overflowed"):
+                solver(lambda u: u * bad, v, rho=2.0)
+        for method in ("nystrom", "cg", "pcg"):
+            x, correction = solve(method, lambda u: u * bad, v)
+            assert x.isnan().all() and math.isnan(correction)
 
 
 def test_preconditioning_saves_iterations():

@@ -275,8 +275,8 @@ def test_m_sobirl_tends_to_the_hypergradient():
 
 
 def test_weights_of_m_sobirl_are_those_of_the_next_sweep():
-    """lambda of (9) is the policy after another sweep, not the one at hand: they differ until the follower has
-    converged."""
+    """lambda of (9) is the policy after another sweep, not the one at hand: they differ until the follower
+    has converged."""
     problem = tiny(3)
     x = problem.start
     Q = sobirl.normal(*problem.P.shape[:2], generator=torch.Generator().manual_seed(5))

@@ -106,8 +106,7 @@ def doubled(script, moment: Moment) -> Moment:
 
 
 def system(script, moment: Moment, hessian: str):
-    """The map u -> H u, by products of the kind `hessian` (the flag), and v (p,), by the script's own
-    functions."""
+    """The map u -> H u, by products of the kind `hessian`, and v (p,), by the script's own functions."""
     critic, mb, ratio, args = moment
     J = script.Jacobian(critic.value, script.stacked_obs(mb.obs, mb.next_obs, mb.cut))
     v = script.leader_gradient(J, mb, ratio, args)

@@ -37,8 +37,7 @@ class Args:
     steps: int = 102_400
     """environment steps of each run: --total-timesteps STEPS is appended to every command"""
     csv: str = ""
-    """file to write the rows to as well (results/speed.csv is what plot.py draws), by each command's
-    --exp-name"""
+    """file to write the rows to as well (plot.py draws results/speed.csv), named by --exp-name"""
 
 
 class Measured(NamedTuple):
@@ -55,8 +54,7 @@ def is_ours(word: str) -> bool:
 
 
 def printed_points(stream) -> tuple[list[tuple[int, float]], str]:
-    """(step, time) whenever a command prints its rate as CleanRL's scripts do, and the last line that it
-    printed."""
+    """(step, time) whenever a command prints its rate as CleanRL's scripts do, and its last line."""
     step = 0
     points = []
     last_line = ""

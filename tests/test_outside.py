@@ -1,0 +1,414 @@
+"""What outsiders run into: situations from public bug reports about single-file training scripts."""
+
+import builtins
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import filelock
+import numpy as np
+import pytest
+import torch
+
+import blpo_continuous as blpo
+import ppo_continuous as ppo
+from support import environments, flags, run_folder
+from support.flags import check_ranges, parse_args
+from tests.test_scripts import DISCRETE, ROOT, SCRIPTS, TINY, load, refused, rows, run, train
+
+PROBES = "tests.probe_envs:Probe"
+PENDULUM = [*TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 640]
+
+
+def probe(name, *more):
+    return [*TINY, "--env-id", f"{PROBES}{name}-v0", "--total-timesteps", 640, *more]
+
+
+# Foreign exceptions
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("Silent", "cannot be made: AssertionError"),
+        ("Missing", "cannot be made: KeyError: 'license'"),
+        ("Refuses", "cannot be made: RuntimeError: no licence for this simulator"),
+        ("Sequences", "TypeError: its observations cannot be flattened: part ['state']['queue'] is Seq"),
+    ],
+)
+def test_a_foreign_exception_is_shown_with_its_type(name, reason, capsys):
+    assert reason in refused(ppo, capsys, *probe(name))
+
+
+def test_foreign_exceptions_everywhere_have_their_type(tmp_path, capsys, monkeypatch):
+    """In modules, during a run, in evaluations, from wandb: the kind, not the place."""
+    (tmp_path / "broken_module.py").write_text("assert False\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "AssertionError" in refused(ppo, capsys, "--env-id", "broken_module:X-v0")
+    assert flags.shown(AssertionError()) == "AssertionError"
+    assert flags.shown(KeyError("license")) == "KeyError: 'license'"
+    assert flags.shown(RuntimeError("two\n lines")) == "RuntimeError: two lines"
+    for path in [*ROOT.glob("*.py"), *(ROOT / "support").glob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        assert ": {problem}" not in text, path
+        assert text.count("str(problem)") == (path.name == "flags.py"), path
+
+
+def test_text_in_observations_is_left_out(tmp_path, capsys):
+    folder = train(blpo, tmp_path, *probe("Texts"))
+    assert capsys.readouterr().err.count("note: text is left out of the observations: mission") == 1
+    assert load(blpo, folder)[0].net[0].in_features == 2
+
+
+def test_pictures_are_announced(tmp_path, capsys):
+    train(ppo, tmp_path, *probe("Picture", "--total-timesteps", 64, "--hidden-size", 1, "--eval-episodes", 0))
+    err = capsys.readouterr().err
+    assert "(84, 84, 3) are flattened to 21,168 numbers" in err and err.count("\n") == 1
+
+
+# Environments without a time limit
+
+
+def test_evaluations_without_end_are_cut_and_counted(tmp_path, capsys):
+    folder = train(blpo, tmp_path, *probe("Endless", "--eval-episodes", 3, "--eval-max-steps", 50))
+    out, err = capsys.readouterr()
+    assert "return 50.0" in out and "3 of them were cut at --eval-max-steps 50" in out
+    table = rows(folder / "evaluation.csv")
+    assert [(row["return"], row["length"], row["cut"]) for row in table] == [(50, 50, 1)] * 3
+    assert err.count("no episode has ended in 256 steps") == 1 and "time limit?" in err
+    blpo.main(["--evaluate", str(folder), "--eval-episodes", "2", "--eval-max-steps", "7"])
+    assert "2 of them were cut at --eval-max-steps 7" in capsys.readouterr().out
+
+
+def test_an_episode_that_ends_at_the_limit_is_not_cut(tmp_path, capsys):
+    folder = train(blpo, tmp_path, *probe("Forever", "--eval-episodes", 2, "--eval-max-steps", 5))
+    out, err = capsys.readouterr()
+    assert [row["cut"] for row in rows(folder / "evaluation.csv")] == [0, 0] and "cut" not in out
+    assert "no episode has ended" not in err
+
+
+def test_long_evaluations_say_how_far_they_are(tmp_path, capsys, monkeypatch):
+    seconds = iter(range(0, 10**6, 2))
+    monkeypatch.setattr("support.evaluation.time.monotonic", lambda: next(seconds))
+    train(ppo, tmp_path, *probe("Endless", "--eval-episodes", 2, "--eval-max-steps", 100))
+    out = capsys.readouterr().out
+    assert "evaluation: step 3 of episode 1 of 2" in out and "of episode 2 of 2" in out
+
+
+# Modules and files beside the user
+
+
+def test_a_module_in_the_current_folder_is_found(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import gymnasium\nentry = 'gymnasium.envs.classic_control.pendulum:PendulumEnv'\n"
+        "gymnasium.register('Mine-v0', entry, max_episode_steps=20)\n"
+    )
+    script = [sys.executable, f"{ROOT}/blpo_continuous.py", *TINY, "--total-timesteps", "128"]
+    done = subprocess.run([*script, "--env-id", "mine:Mine-v0"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    evaluate = [sys.executable, f"{ROOT}/blpo_continuous.py", "--evaluate", folder, "--eval-episodes", "1"]
+    assert subprocess.run(evaluate, cwd=tmp_path, capture_output=True).returncode == 0
+    settings = os.environ | dict(ENVS="mine:Mine-v0", METHODS="nested", SEEDS="1", PYTHON=sys.executable)
+    benchmark = ["bash", f"{ROOT}/benchmark.sh", "--dry-run"]
+    dry = subprocess.run(benchmark, cwd=tmp_path, env=settings, capture_output=True, text=True)
+    assert "blpo_continuous.py" in dry.stdout, dry.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_any_encoding_of_the_terminal(encoding, tmp_path):
+    env = {"PYTHONIOENCODING": encoding}
+    command = [sys.executable, f"{ROOT}/ppo_continuous.py", *map(str, PENDULUM), "--exp-name", "\u96ea"]
+    done = subprocess.run([*command, "--runs-dir", tmp_path], capture_output=True, env=os.environ | env)
+    assert done.returncode == 0 and b"evaluation" in done.stdout and not done.stderr, done.stderr
+    (folder,) = tmp_path.iterdir()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["flags"]["exp_name"] == "\u96ea"
+    for more in (["--help"], ["--evaluate", folder]):
+        done = subprocess.run([*command[:2], *more], capture_output=True, env=os.environ | env)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+    plot = [sys.executable, f"{ROOT}/tools/plot.py", "--runs-dir", tmp_path]
+    places = ["--results-dir", tmp_path / "results", "--figures-dir", tmp_path / "figures"]
+    done = subprocess.run([*plot, *places], capture_output=True, env=os.environ | env)
+    assert done.returncode == 0 and (tmp_path / "results" / "tables.md").exists(), done.stderr
+
+
+def test_names_of_other_alphabets_are_kept_apart(tmp_path):
+    names = ["\u96ea", "\u96e8", "\u00e9t\u00e9", "ete", "a b", "a-b"]
+    folders = [train(ppo, tmp_path, *PENDULUM, "--exp-name", name, "--eval-episodes", 0) for name in names]
+    stems = [folder.name.rsplit("__", 1)[0] for folder in folders]
+    assert len(set(stems[:4])) == 4 and all(stem.isascii() for stem in stems)
+    assert stems[3:] == ["Pendulum-v1__ete__1", "Pendulum-v1__a-b__1", "Pendulum-v1__a-b__1"]
+
+
+def test_files_are_opened_with_an_encoding():
+    """Wherever text is read or written, in scripts, support and tools."""
+    for path in [*ROOT.glob("*.py"), *(ROOT / "support").glob("*.py"), *(ROOT / "tools").glob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        for call in re.findall(r"(?<![\w.])open\([^\n]*|\.(?:read|write)_text\([^\n]*", text):
+            assert "encoding=" in call or '"wb"' in call or '"rb"' in call, f"{path.name}: {call}"
+
+
+# Machines
+
+
+@pytest.mark.parametrize(
+    "problem", [OSError(38, "Function not implemented"), NotImplementedError("no flock")]
+)
+def test_where_files_cannot_be_locked_runs_go_on(problem, tmp_path, capsys, monkeypatch):
+    def acquire(self, *_, **__):
+        raise problem
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    folder = train(ppo, tmp_path, *PENDULUM)
+    ppo.main(["--resume", str(folder)])
+    err = capsys.readouterr().err
+    assert err.count("note: files cannot be locked here") == 2 and err.count("\n") == 2
+
+
+def test_nothing_that_only_unix_has_is_needed(tmp_path):
+    """Import, training and resume with fcntl, resource, pwd and grp hidden, as on Windows."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nfor name in ('fcntl', 'resource', 'pwd', 'grp', 'termios'):\n"
+        "    sys.modules[name] = None\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, f"{ROOT}/ppo_continuous.py"]
+    arguments = [*map(str, PENDULUM), "--runs-dir", tmp_path / "runs"]
+    done = subprocess.run([*command, *arguments], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    done = subprocess.run([*command, "--resume", folder], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_scripts_and_support_import_nothing_that_only_unix_has(monkeypatch):
+    original = builtins.__import__
+    seen = []
+
+    def spy(name, *rest, **more):
+        seen.append(name)
+        return original(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", spy)
+    for module in ("support.run_folder", "support.saved", "support.environments", "support.flags"):
+        source = Path(sys.modules[module].__file__).read_text(encoding="utf-8")
+        exec(compile(source, module, "exec"), {"__name__": "again"})
+    assert not {"fcntl", "resource", "pwd", "termios"} & set(seen)
+
+
+def test_wandb_knows_a_renamed_run(tmp_path):
+    """The id is in config.json, not in the folder's name."""
+    log = tmp_path / "log"
+    (tmp_path / "wandb.py").write_text(
+        "class R:\n    def log(self, row, step): pass\n    def finish(self): pass\n"
+        f"def init(**k):\n    print(k['id'], file=open({str(log)!r}, 'a'))\n    return R()\n"
+    )
+    env = {"PYTHONPATH": str(tmp_path)}
+    run(ppo, *PENDULUM, "--track", "--runs-dir", tmp_path / "runs", env=env)
+    (folder,) = (tmp_path / "runs").iterdir()
+    renamed = folder.rename(tmp_path / "runs" / "a better name")
+    run(ppo, "--resume", renamed, env=env)
+    first, second = log.read_text().split()
+    assert first == second == folder.name
+
+
+# Numbers
+
+
+def test_updates_that_are_skipped_are_announced(tmp_path, capsys):
+    train(blpo, tmp_path, *probe("HugeReward", "--no-norm-reward"))
+    err = capsys.readouterr().err
+    assert err.count("of this iteration's updates were skipped") == 1 and "--norm-reward" in err
+    train(blpo, tmp_path, *probe("HugeReward"))
+    assert "skipped" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_rewards_may_be_arrays_of_one(script, tmp_path):
+    folder = train(script, tmp_path, *probe("ArrayReward"))
+    assert {row["return"] for row in rows(folder / "episodes.csv")} == {6}
+    assert rows(folder / "evaluation.csv")[0]["return"] == 6
+
+
+def test_a_model_is_evaluated_without_its_folder(tmp_path, capsys):
+    folder = train(blpo, tmp_path / "runs", *PENDULUM)
+    capsys.readouterr()
+    blpo.main(["--evaluate", str(folder), "--eval-episodes", "1"])
+    expected = capsys.readouterr().out
+    alone = (folder / "model.pt").rename(tmp_path / "sent by mail.pt")
+    blpo.main(["--evaluate", str(alone), "--eval-episodes", "1"])
+    assert capsys.readouterr().out == expected
+    assert "use that script" in refused(ppo, capsys, "--evaluate", alone)
+
+
+def test_a_run_on_the_gpu_is_evaluated_without_one(tmp_path, capsys):
+    """The policy acts in NumPy."""
+    folder = train(ppo, tmp_path, *PENDULUM)
+    saved = torch.load(folder / "model.pt", weights_only=True)
+    saved["config"]["flags"]["cuda"] = True
+    torch.save(saved, tmp_path / "model.pt")
+    ppo.main(["--evaluate", str(tmp_path / "model.pt"), "--eval-episodes", "1"])
+    assert "evaluation, 1 deterministic" in capsys.readouterr().out
+
+
+# Wishes
+
+
+def test_environments_get_their_arguments(tmp_path, capsys):
+    options = '{"length": 4, "name": "a b"}'
+    folder = train(ppo, tmp_path, *probe("Options", "--env-kwargs", options))
+    assert {row["length"] for row in rows(folder / "episodes.csv")} == {4}
+    assert rows(folder / "evaluation.csv")[0]["length"] == 4
+    capsys.readouterr()
+    ppo.main(["--evaluate", str(folder), "--eval-episodes", "1"])
+    assert "length 4 " in capsys.readouterr().out
+    ppo.main(["--resume", str(folder)])
+    capsys.readouterr()
+    for bad in ("{", "[1]", "3", '"length"', "{'length': 4}"):
+        err = refused(ppo, capsys, *probe("Options", "--env-kwargs", bad))
+        assert "--env-kwargs must be a JSON object" in err
+    err = refused(ppo, capsys, *probe("Options", "--env-kwargs", '{"width": 3}'))
+    assert "TypeError" in err and "width" in err
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["--total-timesteps", "1e6"], {"total_timesteps": 1_000_000}),
+        (["--total-timesteps=2.5E5"], {"total_timesteps": 250_000}),
+        (["--total-timesteps", "1_000_000"], {"total_timesteps": 1_000_000}),
+        (["--total_timesteps", "1e+5"], {"total_timesteps": 100_000}),
+        (["--norm-adv=False", "--anneal-lr=true"], {"norm_adv": False, "anneal_lr": True}),
+        (["--norm_adv=false", "--track=False"], {"norm_adv": False, "track": False}),
+        (["--no-norm-adv", "--norm-obs=TRUE"], {"norm_adv": False, "norm_obs": True}),
+        (["--actor-lr", "1e-4", "--exp-name", "1e3"], {"actor_lr": 1e-4, "exp_name": "1e3"}),
+    ],
+)
+@pytest.mark.parametrize("script", SCRIPTS + DISCRETE)
+def test_numbers_and_booleans_as_people_write_them(script, words, expected):
+    args = parse_args(script.Args, "", words)
+    check_ranges(args)
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "words", [["--total-timesteps", "1.5"], ["--num-envs", "1e-1"], ["--norm-adv=maybe"]]
+)
+def test_other_numbers_and_booleans_are_refused(words, capsys):
+    assert words[0].split("=")[0] in refused(blpo, capsys, *words)
+
+
+def test_a_finished_run_can_go_on(tmp_path, capsys):
+    """To twice its length, with the schedule of the longer one from there on; and again after a kill."""
+    flags_ = [*TINY, "--env-id", "Hopper-v4", "--checkpoint-every", 3]
+    folder = train(ppo, tmp_path, *flags_, "--total-timesteps", 640)
+    first = rows(folder / "progress.csv")
+    old_evaluation = (folder / "evaluation.csv").read_text()
+    weights = torch.load(folder / "model.pt", weights_only=True)["actor"]["net.0.weight"]
+    capsys.readouterr()
+    assert "may only grow" in refused(ppo, capsys, "--resume", folder, "--total-timesteps", 320)
+    ppo.main(["--resume", str(folder), "--total-timesteps", "1280"])
+    err = capsys.readouterr().err
+    assert err.count("now ends at 1,280 steps, not at 640") == 1
+    second = rows(folder / "progress.csv")
+    assert [row["global_step"] for row in second] == [64 * (i + 1) for i in range(20)] and second[
+        :10
+    ] == first
+    assert json.loads((folder / "config.json").read_text())["flags"]["total_timesteps"] == 1280
+    assert (folder / "evaluation.640.csv").read_text() == old_evaluation and (
+        folder / "evaluation.csv"
+    ).exists()
+    assert not torch.equal(
+        weights, torch.load(folder / "model.pt", weights_only=True)["actor"]["net.0.weight"]
+    )
+    assert second[10]["approx_kl"] > 0  # step sizes are not 0 any more
+    ppo.main(["--resume", str(folder)])  # finished again
+    ppo.main(["--evaluate", str(folder), "--eval-episodes", "1"])
+    capsys.readouterr()
+
+    killed = train(ppo, tmp_path / "killed", *flags_, "--total-timesteps", 640)
+    checkpoint = (killed / "checkpoint.pt").read_bytes()
+    ppo.main(["--resume", str(killed), "--total-timesteps", "1280"])
+    expected = rows(killed / "progress.csv")
+    (killed / "checkpoint.pt").write_bytes(checkpoint)  # as if it had been killed before it wrote another one
+    ppo.main(["--resume", str(killed)])
+    times = ("sps", "wall_seconds")
+    for before, after in zip(expected, rows(killed / "progress.csv"), strict=True):
+        assert {k: v for k, v in before.items() if "seconds" not in k and k not in times} == {
+            k: v for k, v in after.items() if "seconds" not in k and k not in times
+        }
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_boxes_of_any_size_are_learned_alike(script, tmp_path):
+    """A box of +-2,000 with its best action at 1,000, and the same task in +-1: the same numbers."""
+    learn = ["--num-envs", 8, "--num-steps", 16, "--num-minibatches", 2, "--update-epochs", 4]
+    learn += ["--no-norm-obs", "--no-norm-reward", "--actor-lr", 3e-3, "--critic-lr", 3e-3]
+    learn += ["--total-timesteps", 12_000, "--eval-episodes", 1]
+
+    def play(name, *more):
+        return train(script, tmp_path / name, *learn, "--env-id", f"{PROBES}{name}-v0", *more)
+
+    wide, unit = play("Wide"), play("Unit")
+    found = [rows(folder / "episodes.csv") for folder in (wide, unit)]
+    late = [np.mean([row["return"] for row in table[-200:]]) for table in found]
+    assert late[0] == pytest.approx(late[1], abs=0.02) and rows(wide / "evaluation.csv")[0]["return"] > 0.95
+    lost = play("Wide", "--rescale-actions", "off")
+    assert rows(lost / "evaluation.csv")[0]["return"] < 0.9  # it acts between -3 and 3
+
+
+def test_boxes_of_the_size_of_one_stay():
+    """MuJoCo's and Pendulum's numbers are those of the published tables."""
+    box = environments.gym.spaces.Box
+    ones = np.ones(2, np.float32)
+    for half in (1, 0.4, 2, 3):
+        assert not environments.rescales("auto", box(-half * ones, half * ones))
+        assert environments.rescales("on", box(-half * ones, half * ones))
+    assert environments.rescales("auto", box(-2000 * ones, 2000 * ones))
+    assert environments.rescales("auto", box(-1e-3 * ones, 1e-3 * ones))
+    assert environments.rescales("auto", box(5 * ones, 6 * ones))
+    for wish in ("auto", "on"):
+        assert not environments.rescales(wish, box(-np.inf, np.inf, (2,)))
+        assert not environments.rescales(wish, environments.gym.spaces.Discrete(3))
+    assert not environments.rescales("off", box(-2000 * ones, 2000 * ones))
+
+
+def test_tensorboard(tmp_path, capsys, monkeypatch):
+    """Against a stand-in of the writer, whose package is not among the requirements; without it one line."""
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step=None):
+            written.append((Path(folder), purge_step))
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+        def close(self):
+            written.append("closed")
+
+    monkeypatch.setattr(flags.importlib.util, "find_spec", lambda name: None)
+    assert "pip install tensorboard" in refused(ppo, capsys, *PENDULUM, "--tensorboard")
+    monkeypatch.setattr(flags.importlib.util, "find_spec", lambda name: name)
+    module = type(sys)("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    folder = train(ppo, tmp_path, *PENDULUM, "--tensorboard")
+    table = rows(folder / "progress.csv")
+    scalars = [entry for entry in written if len(entry) == 3]
+    assert written[0] == (folder, None) and written[-1] == "closed"
+    assert len(scalars) == len(table) * len(table[0])
+    assert ("policy_loss", table[-1]["policy_loss"], 640) in scalars
+    written.clear()
+    ppo.main(["--resume", str(folder), "--total-timesteps", "1280"])
+    assert written[0] == (folder, 641) and written[1][2] == 704
+
+
+def test_lock_file_is_the_only_new_file(tmp_path):
+    folder = train(ppo, tmp_path, *PENDULUM)
+    names = {"checkpoint.pt", "checkpoint.previous.pt", "config.json", "episodes.csv", "evaluation.csv"}
+    assert {path.name for path in folder.iterdir()} == names | {"model.pt", "progress.csv", run_folder.LOCK}

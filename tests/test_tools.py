@@ -1,0 +1,935 @@
+"""tools/plot.py and its modules: from run folders, made up here, to CSV files, tables and what is drawn."""
+
+import csv
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from tools import figures, plot, results, tables, tabular
+
+ROOT = Path(__file__).parent.parent
+VERSIONS = {"python": "3.11.7", "torch": "2.13.0", "gymnasium": "1.4.0", "git_commit": "0123abc"}
+
+
+# Run folders as the scripts write them
+
+
+def write_rows(path, rows):
+    lines = [",".join(rows[0])] + [",".join(str(value) for value in row.values()) for row in rows]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def write_run(
+    runs_dir, method, seed, *, env_id="Pendulum-v1", length=30, final=10.0, evaluation=(1.0,), **flags
+):
+    """A finished run of a deep script; its return rises to `final` in equal steps, the first is NaN."""
+    folder = runs_dir / f"{re.sub('[^a-zA-Z0-9_.-]', '-', f'{env_id}__{method}')}__{seed}__1795573961"
+    folder.mkdir(parents=True)
+    private = {"runs_dir": str(runs_dir), "resume": "", "evaluate": "", "track": False}
+    own = {"env_id": env_id, "exp_name": method, "seed": seed, "gamma": 0.99} | private | flags
+    script = "blpo_continuous.py" if method.startswith("blpo") else "ppo_continuous.py"
+    config = {"script": script, "flags": own, "versions": VERSIONS}
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    rows = []
+    for i in range(length):
+        row = {"global_step": 64 * (i + 1), "wall_seconds": 0.5 * (i + 1), "sps": 128.5, "episodes": i}
+        row["return_100"] = final * i / (length - 1) if i else "nan"
+        if method.startswith("blpo"):
+            row |= {"ihvp_correction": 0.25, "implicit_cosine": 0.5, "implicit_norm_ratio": 2.0}
+        rows.append(row | {"seconds_env": 0.1})
+    write_rows(folder / "progress.csv", rows)
+    write_rows(folder / "evaluation.csv", [{"return": value, "length": 200} for value in evaluation])
+    return folder
+
+
+def write_tabular_run(runs_dir, problem, method, seed, *, norms, phis=None):
+    """A finished run of sobirl_tabular.py with the given |grad phi|, one a round."""
+    folder = runs_dir / f"{problem}__{method}__{seed}__1795573966"
+    folder.mkdir(parents=True)
+    flags = {
+        "problem": problem,
+        "method": "m-sobirl",
+        "exp_name": method,
+        "seed": seed,
+        "runs_dir": str(runs_dir),
+    }
+    config = {"script": "sobirl_tabular.py", "flags": flags | {"beta": 0.5}, "versions": VERSIONS}
+    (folder / "config.json").write_text(json.dumps(config))
+    rows = []
+    for i, norm in enumerate(norms):
+        phi = phis[i] if phis else 100 - i
+        row = {
+            "round": i,
+            "seconds": 0.25 * (i + 1),
+            "phi": phi,
+            "gradient_norm": norm,
+            "cosine": 1 - 0.01 * i,
+        }
+        rows.append(row | {"policy_error": 7.0, "sweeps": 10 + i % 2})
+    write_rows(folder / "progress.csv", rows)
+    (folder / "solution.pt").touch()
+    return folder
+
+
+def read(path):
+    """Every row of a CSV file, by a reader that is not the one under test."""
+    head, *lines = csv.reader(path.read_text(encoding="utf-8").splitlines())
+    return [dict(zip(head, line, strict=True)) for line in lines]
+
+
+# Export
+
+
+def test_every_column_of_the_export(tmp_path):
+    """Numbers that are all different, so that an exchange of columns shows."""
+    kept = {"num_envs": 4, "norm_obs": True}
+    private = {"checkpoint_every": 5, "eval_every": 2, "capture_video": True}
+    write_run(
+        tmp_path / "runs",
+        "blpo run",
+        7,
+        env_id="module:Some Env/v0",
+        length=401,
+        final=123.456,
+        evaluation=(50.0, 60.0, 71.111),
+        **kept,
+        **private,
+    )
+    results.export(tmp_path / "runs", tmp_path / "results")
+    (row,) = read(tmp_path / "results" / "summary.csv")
+    assert json.loads(row.pop("flags")) == {"gamma": 0.99} | kept
+    assert row == VERSIONS | {
+        "env_id": "module-Some-Env-v0",
+        "exp_name": "blpo-run",
+        "seed": "7",
+        "global_step": str(64 * 401),
+        "return_100": "123.46",
+        "eval_return": "60.37",  # the mean of the three episodes
+        "wall_seconds": "200.5",
+        "sps": "128.5",
+    }
+    points = read(tmp_path / "results" / "module-Some-Env-v0__blpo-run__7.csv")
+    assert list(points[0]) == [
+        "global_step",
+        "return_100",
+        "wall_seconds",
+        "implicit_cosine",
+        "implicit_norm_ratio",
+        "ihvp_correction",
+    ]
+    kept_rows = [int(i * 400 / 199) for i in range(200)]
+    for i, point in zip(kept_rows, points, strict=True):
+        assert float(point["global_step"]) == 64 * (i + 1) and float(point["wall_seconds"]) == 0.5 * (i + 1)
+        expected = 123.456 * i / 400 if i else math.nan
+        assert float(point["return_100"]) == pytest.approx(expected, rel=1e-5, nan_ok=True)
+        diagnostics = {"implicit_cosine": "0.5", "implicit_norm_ratio": "2", "ihvp_correction": "0.25"}
+        assert point.items() >= diagnostics.items()
+
+
+def test_a_short_run_keeps_every_row_and_ppo_has_no_diagnostics(tmp_path):
+    write_run(tmp_path / "runs", "ppo", 1, length=9)
+    results.export(tmp_path / "runs", tmp_path / "results")
+    points = read(tmp_path / "results" / "Pendulum-v1__ppo__1.csv")
+    assert len(points) == 9 and list(points[0]) == ["global_step", "return_100", "wall_seconds"]
+
+
+def test_export_adds_replaces_and_refuses_what_does_not_fit(tmp_path, capsys):
+    runs, out = tmp_path / "runs", tmp_path / "results"
+    for seed in (10, 9):
+        write_run(runs, "blpo", seed, final=seed)
+    killed = write_run(runs, "blpo", 11)
+    (killed / "evaluation.csv").unlink()
+    write_tabular_run(runs, "synthetic", "exact", 1, norms=[1.0])
+    results.export(runs, out)
+    assert capsys.readouterr().out == f"no evaluation, left out: {killed.name}\n"
+    assert [(row["seed"], row["return_100"]) for row in read(out / "summary.csv")] == [
+        ("10", "10.0"),
+        ("9", "9.0"),
+    ]
+    contents = {path.name: path.read_bytes() for path in out.iterdir()}
+    results.export(runs, out)  # adding the same again changes nothing
+    assert contents == {path.name: path.read_bytes() for path in out.iterdir()}
+
+    # a younger run of the same name replaces the older one, and brings a column that the others lack
+    write_run(tmp_path / "more", "blpo", 9, final=99.0, steps=5)
+    write_run(tmp_path / "more", "ppo", 1)
+    results.export(tmp_path / "more", out)
+    assert [row["return_100"] for row in read(out / "summary.csv")] == ["10.0", "99.0", "10.0"]
+    assert float(read(out / "Pendulum-v1__blpo__9.csv")[-1]["return_100"]) == 99
+
+    # runs of one name have one set of flags; nothing is written if they have not
+    contents = {path.name: path.read_bytes() for path in out.iterdir()}
+    write_run(tmp_path / "other", "aaa", 1)
+    write_run(tmp_path / "other", "blpo", 3, gamma=0.9, steps=6)
+    with pytest.raises(SystemExit) as stop:
+        results.export(tmp_path / "other", out)
+    assert stop.value.code.startswith("error: Pendulum-v1__blpo__3__1795573961 has other flags than the runs")
+    assert "--gamma 0.9, not 0.99" in stop.value.code and "\n" not in stop.value.code
+    assert contents == {path.name: path.read_bytes() for path in out.iterdir()}
+    write_run(
+        tmp_path / "fits", "blpo", 3, track=True, resume="x", new_flag=1
+    )  # none of these changes what is measured
+    results.export(tmp_path / "fits", out)
+    assert len(read(out / "summary.csv")) == 4
+
+
+def test_damaged_or_missing_folders_are_one_line(tmp_path):
+    (tmp_path / "runs" / "broken").mkdir(parents=True)
+    (tmp_path / "runs" / "broken" / "config.json").write_text('{"script": ')
+    for export, where in itertools.product((results.export, tabular.export), ("runs", "nowhere")):
+        with pytest.raises(SystemExit) as stop:
+            export(tmp_path / where, tmp_path / "results")
+        assert (
+            stop.value.code.startswith("error: ") and where in stop.value.code and "\n" not in stop.value.code
+        )
+    assert not (tmp_path / "results").exists()
+
+
+def test_finals_and_curves_are_grouped_in_the_order_of_tables(tmp_path):
+    runs, out = tmp_path / "runs", tmp_path / "results"
+    for method, seed, final in (("ppo", 1, 1), ("zzz", 1, 2), ("blpo", 10, 3), ("blpo", 9, 4), ("aaa", 1, 5)):
+        write_run(runs, method, seed, final=final)
+    write_run(runs, "nested", 4, length=2, final=math.nan)
+    results.export(runs, out)
+    summary = results.read_csv(out / "summary.csv")
+    finals = results.grouped(summary)
+    assert [method for _, method in finals] == ["blpo", "ppo", "aaa", "zzz"]
+    assert list(finals["Pendulum-v1", "blpo"]) == [4, 3]  # seed 9 before seed 10
+    assert results.without_episodes(summary) == ["Pendulum-v1 nested 4"]
+    curves = results.load_curves(out, summary)
+    assert [method for _, method in curves] == ["blpo", "nested", "ppo", "aaa", "zzz"]
+    assert [run["return_100"][-1] for run in curves["Pendulum-v1", "blpo"]] == [4, 3]
+    # the first finite return of each run: a 29th of its last
+    starts = results.starting_returns(curves)
+    assert starts == {"Pendulum-v1": pytest.approx(np.mean([1, 2, 3, 4, 5]) / 29, rel=1e-5)}
+    assert results.starting_returns({("E", "nested"): curves["Pendulum-v1", "nested"]}) == {}
+
+
+# Tables
+
+
+def results_of(returns):
+    """A summary with the given final returns by method, of one environment."""
+    summary = []
+    for method, finals in returns.items():
+        for seed, final in enumerate(finals):
+            row = dict(env_id="E", exp_name=method, seed=seed, return_100=final, eval_return=final + 0.5)
+            summary.append(row)
+    return summary
+
+
+def test_table_says_how_far_blpo_is_ahead(recwarn):
+    returns = {
+        "blpo": (10.0, 12.0, 14.0),
+        "nested": (1.0, 3.0, 13.0),
+        "control": (5.0,),
+        "ppo-matched": (7.0, 7.0),
+    }
+    text = tables.table(results_of(returns))
+    # Welch by hand: 12 - 17 / 3, variances 4 and 124 / 3 over 3 seeds each
+    a, b, lead = 4 / 3, 124 / 9, 12 - 17 / 3
+    half = scipy.stats.t.ppf(0.975, (a + b) ** 2 / (a**2 / 2 + b**2 / 2)) * math.sqrt(a + b)
+    spread = scipy.stats.t.ppf(0.975, 2) * math.sqrt(b)
+    # of nine pairs BLPO wins seven: 10 and 12 lose against 13
+    ahead = f"{lead - half:.1f} to {lead + half:.1f} | 0.78"
+    assert f"| E | nesting only | 3 | 5.7 ± {spread:.1f} | {ahead} | 1.0, 3.0, 13.0 | 6.2 |" in text
+    assert "| E | control: plain advantage | 1 | 5.0 |  |  | 5.0 | 5.5 |" in text
+    assert "| E | PPO, matched | 2 | 7.0 ± 0.0 |" in text
+    assert [line.split(" | ")[1] for line in text.splitlines()[2:]] == [
+        "BLPO",
+        "control: plain advantage",
+        "nesting only",
+        "PPO, matched",
+    ]
+    assert text.splitlines()[1] == "|---|---|---|---|---|---|---|---|"
+    assert not recwarn.list
+
+
+def test_large_returns_are_shown_without_decimals():
+    text = tables.table(results_of({"blpo": (1234.56, -7.0), "mine": (1.25,)}))
+    assert "| 1,235, -7 |" in text and "| E | mine | 1 | 1 |" in text
+
+
+def test_overview_has_a_line_per_environment():
+    summary = results_of({"blpo": (10.0, 12.0), "nested": (1.0, 3.0), "ppo-matched": (7.0, 8.0)})
+    summary += [
+        row | {"env_id": "other"} for row in results_of({"nested": (1.0,)})
+    ]  # without BLPO: not compared
+    head, _, line = tables.overview(summary).splitlines()
+    assert (
+        head
+        == "| environment | PPO, matched | nesting only | BLPO | BLPO minus PPO, matched | P(BLPO > PPO) |"
+    )
+    expected = r"\| E \| 7.5 ± 6.4 \| 2.0 ± 12.7 \| 11.0 ± 12.7 \| -\d.\d to \d+.\d \| 1.00 \|"
+    assert re.fullmatch(expected, line), line
+    assert tables.overview(results_of({"nested": (1.0, 2.0)})) == ""
+
+
+def test_groups_with_fewer_seeds_are_named():
+    summary = results_of({"blpo": (1.0, 2.0), "ppo": (1.0,), "mine": (math.nan, 1.0)})
+    assert tables.fewer_seeds(summary) == "fewer seeds than others: E PPO, CleanRL's flags (1), E mine (1)"
+    assert tables.fewer_seeds(results_of({"blpo": (1.0,), "ppo": (2.0,)})) == "" == tables.fewer_seeds([])
+
+
+def test_aggregates_by_hand():
+    summary = results_of(
+        {"blpo": (20.0, 30.0, 40.0, 1000.0), "nested": (10.0, 10.0), "ppo-matched": (20.0, 20.0)}
+    )
+    result = tables.aggregate(summary, {"E": 10.0})
+    assert list(result) == ["blpo", "nested", "ppo-matched"]
+    value, low, high = result["blpo"].iqm  # (x - 10) / 10 = 1, 2, 3, 99, of which the middle half is 2 and 3
+    assert value == pytest.approx(2.5) and 1 <= low < 2.5 < high <= 99
+    assert result["blpo"].chance is None and result["blpo"].blpo is None
+    assert result["nested"].blpo == result["blpo"].iqm
+    assert result["nested"].iqm == pytest.approx((0, 0, 0)) and result["nested"].chance == pytest.approx(
+        (1, 1, 1)
+    )
+    assert result["ppo-matched"].chance.value == pytest.approx((0.5 + 3) / 4)
+    assert tables.aggregate(results_of({"nested": (10.0, 10.0)}), {"E": 10.0}) == {}
+    single = results_of({"blpo": (20.0, 30.0), "nested": (1.0,), "ppo-matched": (20.0, 20.0)})
+    assert list(tables.aggregate(single, {"E": 10.0})) == ["blpo", "ppo-matched"]
+    other = [row | {"env_id": "F"} for row in results_of({"blpo": (20.0, 30.0), "ppo-matched": (20.0, 20.0)})]
+    both = tables.aggregate(summary + other, {"E": 10.0, "F": 10.0})
+    assert list(both) == ["blpo", "ppo-matched"]  # nested: in one of two environments
+    lines = tables.aggregate_table({"nested": result["nested"]}).splitlines()
+    chance, iqm = "1.00 (1.00 to 1.00)", "0.00 (0.00 to 0.00)"
+    assert lines[2] == f"| nesting only (1) | {iqm} | 2.50 ({low:.2f} to {high:.2f}) | {chance} |"
+    assert tables.aggregate_table({}) == ""
+
+
+SIX = np.array([0.0, 1.3, 2.1, 4.4, 7.2, 10.9])  # returns of six seeds
+
+
+def interval_by_enumeration(values, share=0.95):
+    """The bootstrap interval of the mean, from all n^n equally likely draws."""
+    means = np.array(list(itertools.product(values, repeat=len(values)))).mean(1)
+    return np.percentile(means, [50 - 50 * share, 50 + 50 * share])
+
+
+def assert_95_percent(low, high):
+    """That low and high are the ends of the 95 % interval of SIX, up to the noise of 1,000 draws."""
+    errors = {}
+    for share in (0.5, 0.8, 0.9, 0.95, 0.98, 0.99):
+        errors[share] = np.abs(np.array([low, high]) - interval_by_enumeration(SIX, share)).max()
+    assert min(errors, key=errors.get) == 0.95 and errors[0.95] < 0.35, errors
+
+
+def test_intervals_of_aggregates_are_95_percent():
+    low, high = tables.bootstrap({"a": SIX}, lambda finals: finals["a"].mean())
+    assert_95_percent(low, high)
+    # groups are drawn apart: the difference of two equal groups varies, by the root of two
+    difference = tables.bootstrap(
+        {"a": SIX, "b": SIX}, lambda finals: finals["a"].mean() - finals["b"].mean()
+    )
+    wide = np.ptp(difference)
+    assert wide == pytest.approx(math.sqrt(2) * (high - low), rel=0.1)
+
+
+# The published tables
+
+
+def test_published_tables_are_those_of_the_published_runs():
+    folder = ROOT / "results"
+    summary = results.read_csv(folder / "summary.csv")
+    starts = results.starting_returns(results.load_curves(folder, summary))
+    parts = [tables.all_tables(summary, tables.aggregate(summary, starts))]
+    parts.append(tabular.table(results.read_csv(folder / "tabular_summary.csv"), ("preference", "688")))
+    assert "\n\n".join(parts) + "\n" == (folder / "tables.md").read_text(encoding="utf-8")
+    for row in summary:
+        run = read(folder / f"{row['env_id']}__{row['exp_name']}__{row['seed']}.csv")
+        assert float(run[-1]["return_100"]) == pytest.approx(float(row["return_100"]), rel=1e-3)
+
+
+def test_returns_in_the_readme_are_those_of_the_published_runs():
+    published = (ROOT / "results" / "tables.md").read_text(encoding="utf-8").splitlines()
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Results")[1].split("How strong")[0]
+    shown = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(shown) > 10 and not set(shown) - set(published)
+
+
+def test_published_aggregates_recomputed_without_the_tools():
+    """IQM and P(BLPO > x) in plain NumPy, from results/ to the numbers in tables.md and in the README."""
+    folder = ROOT / "results"
+    finals, starts = {}, {}
+    for row in read(folder / "summary.csv"):
+        env_id, method = row["env_id"], row["exp_name"]
+        finals.setdefault((env_id, method), []).append(float(row["return_100"]))
+        curve = [
+            float(point["return_100"]) for point in read(folder / f"{env_id}__{method}__{row['seed']}.csv")
+        ]
+        starts.setdefault(env_id, []).append(next(value for value in curve if not math.isnan(value)))
+    names = {
+        "BLPO": "blpo",
+        "BLPO, released term": "blpo-released",
+        "BLPO with CG": "blpo-cg",
+        "BLPO with preconditioned CG": "blpo-pcg",
+        "control: plain advantage": "control",
+        "nesting only": "nested",
+        "PPO, matched": "ppo-matched",
+    }
+
+    def iqm(method, environments):
+        scores = []
+        for env_id in environments:
+            zero, one = np.mean(starts[env_id]), np.mean(finals[env_id, "ppo-matched"])
+            scores += [(value - zero) / (one - zero) for value in finals[env_id, method]]
+        scores = sorted(scores)
+        cut = len(scores) // 4
+        return np.mean(scores[cut : len(scores) - cut])
+
+    def chance(method, environments):
+        shares = []
+        for env_id in environments:
+            pairs = list(itertools.product(finals[env_id, "blpo"], finals[env_id, method]))
+            shares.append(sum(1.0 if x > y else 0.5 if x == y else 0.0 for x, y in pairs) / len(pairs))
+        return np.mean(shares)
+
+    for page in ("results/tables.md", "README.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for name, method in names.items():
+            environments = [
+                env_id for env_id, other in finals if other == method and len(finals[env_id, other]) > 1
+            ]
+            (line,) = re.findall(
+                rf"^\| {re.escape(name)} \({len(environments)}\) \|(.+)\|$", text, re.MULTILINE
+            )
+            shown = [cell.split("(")[0].strip() for cell in line.split("|")]
+            expected = [f"{iqm(method, environments):.2f}", "", ""]
+            if method != "blpo":
+                expected[1] = f"{iqm('blpo', environments):.2f}"
+                expected[2] = f"{chance(method, environments):.2f}"
+            assert shown == expected, (page, name)
+
+
+# What is drawn
+
+
+def legend(axis):
+    return [text.get_text() for text in axis.get_legend().get_texts()]
+
+
+def band(axis, index=0):
+    """x, lower and upper end of what fill_between has drawn."""
+    vertices = axis.collections[index].get_paths()[0].vertices
+    x = np.unique(vertices[:, 0])
+    ends = [vertices[vertices[:, 0] == value, 1] for value in x]
+    return x, np.array([values.min() for values in ends]), np.array([values.max() for values in ends])
+
+
+def run_of(steps, returns, **columns):
+    return {"global_step": np.array(steps, float), "return_100": np.array(returns, float)} | columns
+
+
+AGAINST_STEPS = dict(x="global_step", y="return_100", xlabel="the steps", ylabel="the return", scale=10)
+
+
+def test_curves_are_means_over_seeds_on_what_all_of_them_reach():
+    curves = {
+        ("E", "blpo"): [
+            run_of([10, 20, 60], [math.nan, 2, 6]),  # known from 20 on
+            run_of([0, 100], [0, 20]),  # until 100, the other one until 60
+        ],
+        ("E", "nested"): [run_of([0, 50], [1, 2])],
+        ("E", "silent"): [run_of([0, 50], [math.nan, math.nan])],
+        ("F", "my method"): [run_of([0, 50], [3, 4])],
+    }
+    figure = figures.draw_curves(curves, **AGAINST_STEPS)
+    first, second = figure.axes
+    assert (first.get_title(), second.get_title()) == ("E", "F")
+    assert {axis.get_xlabel() for axis in figure.axes} == {"the steps"}
+    assert (first.get_ylabel(), second.get_ylabel()) == ("the return", "")  # the rows share it
+    assert legend(first) == ["BLPO (n = 2)", "nesting only (n = 1)"] and legend(second) == [
+        "my method (n = 1)"
+    ]
+    blpo, nested = first.lines
+    grid = np.linspace(20, 60, 200)
+    np.testing.assert_allclose(blpo.get_xdata(), grid / 10)
+    np.testing.assert_allclose(blpo.get_ydata(), (grid / 10 + grid / 5) / 2)
+    np.testing.assert_allclose(nested.get_xdata(), np.linspace(0, 5, 200))
+    np.testing.assert_allclose(nested.get_ydata(), np.linspace(1, 2, 200))
+    assert len(first.collections) == 1 and not second.collections  # a single seed has no band
+    assert (blpo.get_color(), nested.get_color()) == ("#0072B2", "#009E73")
+    assert (blpo.get_linestyle(), nested.get_linestyle()) == ("-", ":")
+    # two seeds: every mean of two draws lies between them, and one in four is an end
+    x, low, high = band(first)
+    np.testing.assert_allclose(x, grid / 10)
+    np.testing.assert_allclose(low, grid / 10)
+    np.testing.assert_allclose(high, grid / 5)
+
+
+def test_bands_of_curves_are_95_percent_of_the_bootstrap():
+    runs = [run_of([0, 100], [value, 2 * value]) for value in SIX]
+    (axis,) = figures.draw_curves({("E", "blpo"): runs}, **AGAINST_STEPS).axes
+    x, low, high = band(axis)
+    growth = 1 + x / 10
+    np.testing.assert_allclose(axis.lines[0].get_ydata(), SIX.mean() * growth)
+    for i in range(0, 200, 20):
+        assert_95_percent(low[i] / growth[i], high[i] / growth[i])
+    # the same draws again
+    again = figures.draw_curves({("E", "blpo"): runs}, **AGAINST_STEPS)
+    np.testing.assert_array_equal(band(again.axes[0])[1], low)
+
+
+def test_seeds_that_all_reach_the_maximum_have_a_band_without_width(recwarn):
+    runs = [run_of([0, 100], [500, 500]) for _ in range(3)]
+    (axis,) = figures.draw_curves({("E", "blpo"): runs}, **AGAINST_STEPS).axes
+    assert len(axis.lines) == 1 and not recwarn.list
+
+
+@pytest.mark.parametrize("count, shape", [(1, (1, 1)), (2, (1, 2)), (3, (1, 3)), (4, (2, 2)), (5, (2, 3))])
+def test_panels_stand_in_rows(count, shape):
+    curves = {(f"E{i}", "blpo"): [run_of([0, 1], [0, i])] for i in range(count)}
+    figure = figures.draw_curves(curves, **AGAINST_STEPS)
+    visible = [axis for axis in figure.axes if axis.get_visible()]
+    assert [axis.get_title() for axis in visible] == [f"E{i}" for i in range(count)]
+    assert visible[0].get_gridspec().get_geometry() == shape
+    assert [bool(axis.get_ylabel()) for axis in visible] == [i % shape[1] == 0 for i in range(count)]
+
+
+def test_which_curves_are_in_which_figure():
+    diagnostics = {
+        "implicit_cosine": np.array([0.1, 0.2]),
+        "implicit_norm_ratio": np.array([0.3, 0.4]),
+        "ihvp_correction": np.array([0.5, 0.6]),
+    }
+    seconds = {"wall_seconds": np.array([60.0, 120.0])}
+    plain = run_of([1e6, 2e6], [7, 8], **seconds)
+    bilevel = run_of([1e6, 2e6], [7, 8], **seconds, **diagnostics)
+    curves = {
+        ("E", "blpo"): [bilevel],
+        ("E", "blpo-cg"): [bilevel],
+        ("E", "ppo-matched"): [plain],
+        ("F", "blpo"): [bilevel],
+        ("F", "ppo"): [plain],
+    }
+    drawn = figures.curve_figures(curves)
+    shown = {}
+    for name, figure in drawn.items():
+        shown[name] = {
+            axis.get_title(): [label.split(" (")[0] for label in legend(axis)] for axis in figure.axes
+        }
+    assert shown == {
+        "curves": {"E": ["BLPO", "PPO, matched"], "F": ["BLPO", "PPO, CleanRL's flags"]},
+        "variants": {"E": ["BLPO", "BLPO with CG"]},
+        "time": {"E": ["BLPO", "BLPO with CG", "PPO, matched"], "F": ["BLPO", "PPO, CleanRL's flags"]},
+        "implicit_cosine": {"E": ["BLPO", "BLPO with CG"], "F": ["BLPO"]},
+        "implicit_norm_ratio": {"E": ["BLPO", "BLPO with CG"], "F": ["BLPO"]},
+        "ihvp_correction": {"E": ["BLPO", "BLPO with CG"], "F": ["BLPO"]},
+    }
+    ends = {}
+    for name, figure in drawn.items():
+        axis = figure.axes[0]
+        line = axis.lines[0]
+        ends[name] = (
+            axis.get_xlabel(),
+            axis.get_ylabel(),
+            *line.get_xdata()[[0, -1]],
+            *line.get_ydata()[[0, -1]],
+        )
+    steps = "environment steps (millions)"
+    returns = "return, mean of the last 100 episodes"
+    assert ends == {
+        "curves": (steps, returns, 1, 2, 7, 8),
+        "variants": (steps, returns, 1, 2, 7, 8),
+        "time": ("wall-clock time (minutes)", returns, 1, 2, 7, 8),
+        "implicit_cosine": (steps, "cosine of implicit term and policy gradient", 1, 2, 0.1, 0.2),
+        "implicit_norm_ratio": (steps, "norm of implicit term / policy gradient", 1, 2, 0.3, 0.4),
+        "ihvp_correction": (steps, "‖x − v/ρ‖ / ‖v/ρ‖", 1, 2, 0.5, 0.6),
+    }
+    # variants alone are drawn among the curves; without BLPO there are no diagnostics
+    assert list(figures.curve_figures({("E", "ppo"): [plain]})) == ["curves", "time"]
+    alone = figures.curve_figures({("E", "control"): [plain]})
+    assert list(alone) == ["curves", "time"] and legend(alone["curves"].axes[0]) == [
+        "control: plain advantage (n = 1)"
+    ]
+
+
+def test_aggregate_figure():
+    estimate = tables.Estimate
+    result = {
+        "blpo": tables.Aggregate(("E", "F"), iqm=estimate(1.1, 1.0, 1.3)),
+        "mine": tables.Aggregate(
+            ("E",),
+            iqm=estimate(0.8, 0.6, 0.9),
+            blpo=estimate(1.2, 1.15, 1.25),
+            chance=estimate(0.7, 0.55, 0.95),
+        ),
+    }
+    left, right = figures.draw_aggregate(result).axes
+    assert [text.get_text() for text in left.get_yticklabels()] == ["mine (1 env.)", "BLPO (2 env.)"]
+    assert left.get_xlabel().startswith("IQM of normalised returns") and right.get_xlabel().startswith(
+        "P(BLPO > this)"
+    )
+    drawn = [
+        [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines] for axis in (left, right)
+    ]
+    assert drawn[0] == [
+        ([0.6, 0.9], [0, 0]),
+        ([0.8], [0]),
+        ([1.15, 1.25], [-0.28, -0.28]),
+        ([1.2], [-0.28]),
+        ([1.0, 1.3], [1, 1]),
+        ([1.1], [1]),
+    ]
+    assert drawn[1] == [([0.55, 0.95], [0, 0]), ([0.7], [0]), ([0.5, 0.5], [0, 1])]  # the last: what is even
+    assert right.get_xlim() == (0, 1)
+    # a bar and its dot have one colour, BLPO's is the same everywhere, and another method has another one
+    colours = [line.get_color() for line in left.lines]
+    assert colours[0] == colours[1] and colours[2:] == ["#0072B2"] * 4 and colours[0] != "#0072B2"
+
+
+def test_runtime_figure():
+    rows = [
+        {
+            "name": "blpo",
+            "sps": "500",
+            "mib": "400",
+            "env_ms": "30",
+            "critic_ms": "10",
+            "hypergradient_ms": "60",
+        },
+        {
+            "name": "ppo-matched",
+            "sps": "1000",
+            "mib": "300",
+            "env_ms": "30",
+            "critic_ms": "10",
+            "hypergradient_ms": "0",
+        },
+        {
+            "name": "python other.py",
+            "sps": "250",
+            "mib": "1",
+            "env_ms": "",
+            "critic_ms": "0",
+            "hypergradient_ms": "0",
+        },
+    ]
+    (axis,) = figures.draw_runtime(rows).axes
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["python other.py", "PPO, matched", "BLPO"]
+    assert axis.get_xlabel() == "time per environment step, relative to PPO, matched"
+    assert legend(axis) == ["env", "critic", "hypergradient"]
+    bars = [(bar.get_y() + bar.get_height() / 2, bar.get_x(), bar.get_width()) for bar in axis.patches]
+    empty = [(0, 0, 4), (0, 0, 0), (0, 0, 0), (0, 0, 0)]  # four times as slow, and it does not tell by what
+    matched = [(1, 0, 0.75), (1, 0.75, 0.25), (1, 1, 0)]
+    blpo = [(2, 0, 0.6), (2, 0.6, 0.2), (2, 0.8, 1.2)]
+    np.testing.assert_allclose(bars, empty + matched + blpo, atol=1e-12)
+    assert [(text.get_text(), text.get_position()[1]) for text in axis.texts] == [
+        ("4.00", 0),
+        ("1.00", 1),
+        ("2.00", 2),
+    ]
+    assert axis.get_xlim() == (0, pytest.approx(1.12 * 4))
+    (axis,) = figures.draw_runtime(rows[:1] + rows[2:]).axes  # without it, relative to the last
+    assert axis.get_xlabel().endswith("relative to python other.py") and axis.texts[0].get_text() == "1.00"
+
+
+def test_solvers_figure():
+    rows = [
+        dict(env_id="E", solver="krylov", hessian="gauss-newton", products="1", ms="0.5", residual="0.1"),
+        dict(env_id="E", solver="krylov", hessian="gauss-newton", products="2", ms="1", residual="0.01"),
+        dict(env_id="E", solver="krylov", hessian="full", products="1", ms="2", residual="0.2"),
+        dict(env_id="E", solver="new", hessian="gauss-newton", products="1", ms="3", residual="0.3"),
+        dict(env_id="F", solver="cg", hessian="gauss-newton", products="1", ms="4", residual="0.4"),
+    ]
+    first, second = figures.draw_solvers(rows).axes
+    assert (first.get_title(), second.get_title()) == ("E", "F")
+    assert first.get_ylabel() == "‖(H + ρI)x − v‖ / ‖v‖" and {a.get_xlabel() for a in (first, second)} == {
+        "ms per solve"
+    }
+    assert {a.get_xscale() for a in (first, second)} == {a.get_yscale() for a in (first, second)} == {"log"}
+    assert legend(first) == ["Nyström, Krylov (default)", "new"]
+    drawn = [(list(line.get_xdata()), list(line.get_ydata()), line.get_linestyle()) for line in first.lines]
+    assert drawn == [([0.5, 1], [0.1, 0.01], "-"), ([2], [0.2], ":"), ([3], [0.3], "-")]
+    assert [line.get_markerfacecolor() == "white" for line in first.lines] == [False, True, False]
+    assert first.lines[0].get_color() == first.lines[1].get_color() != first.lines[2].get_color()
+    (line,) = second.lines
+    assert list(line.get_xydata()[0]) == [4, 0.4]
+
+
+def test_figures_are_written_as_png_and_pdf(tmp_path):
+    for folder in ("a/b", "c"):
+        figure = figures.draw_curves({("E", "blpo"): [run_of([0, 1], [0, 1])]}, **AGAINST_STEPS)
+        figures.save(figure, tmp_path / folder, "name")
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {"name.png", "name.pdf"}
+    assert (tmp_path / "c" / "name.png").read_bytes().startswith(b"\x89PNG")
+    pdf = (tmp_path / "c" / "name.pdf").read_bytes()
+    assert pdf.startswith(b"%PDF") and b"CreationDate" not in pdf  # a drawing is the same tomorrow
+    for name in ("name.png", "name.pdf"):
+        assert (tmp_path / "a" / "b" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
+
+
+# Runs of sobirl_tabular.py
+
+
+def test_every_column_of_the_tabular_export(tmp_path, capsys):
+    runs, out = tmp_path / "runs", tmp_path / "results"
+    norms = [10.0 / (i + 1) for i in range(100)]
+    norms[60:] = [0.001] * 40  # arrives in round 60
+    write_tabular_run(runs, "preference", "drlhf", 3, norms=norms)
+    write_tabular_run(runs, "preference", "drlhf", 12, norms=[0.5, 0.4, 0.2])
+    write_tabular_run(runs, "preference", "zzz", 1, norms=[0.5])
+    write_tabular_run(runs, "synthetic", "my own", 1, norms=[0.5, 0.25])
+    write_tabular_run(runs, "new-problem", "exact", 1, norms=[0.5])
+    killed = write_tabular_run(runs, "synthetic", "exact", 1, norms=[0.5])
+    (killed / "solution.pt").unlink()
+    write_run(runs, "blpo", 1)
+    tabular.export(runs, out)
+    assert capsys.readouterr().out == f"no solution, left out: {killed.name}\n"
+    summary = read(out / "tabular_summary.csv")
+    # problems and methods in the order of the table, those without a place in it at the end; seeds by number
+    names = [("synthetic", "my-own", "1"), ("preference", "drlhf", "3"), ("preference", "drlhf", "12")]
+    names += [("preference", "zzz", "1"), ("new-problem", "exact", "1")]
+    assert [(row["problem"], row["exp_name"], row["seed"]) for row in summary] == names
+    flags = json.dumps({"method": "m-sobirl", "beta": 0.5})
+    assert summary[1] == VERSIONS | {
+        "problem": "preference",
+        "exp_name": "drlhf",
+        "seed": "3",
+        "rounds": "99",
+        "seconds": "25.0",
+        "phi": "1.0",
+        "gradient_norm": "0.001",
+        "round_to_0.001": "60.0",
+        "seconds_to_0.001": "15.25",
+        "sweeps": "10.5",
+        "flags": flags,
+    }
+    assert summary[2]["round_to_0.001"] == summary[2]["seconds_to_0.001"] == ""
+    points = [row for row in read(out / "tabular.csv") if row["seed"] == "3"]
+    kept = sorted({round(100 ** (i / 39)) - 1 for i in range(40)})
+    assert [int(row["round"]) for row in points] == kept
+    for i, row in zip(kept, points):
+        expected = 0.25 * (i + 1), 100 - i, norms[i], 1 - 0.01 * i
+        shown = [float(row[column]) for column in ("seconds", "phi", "gradient_norm", "cosine")]
+        assert shown == pytest.approx(expected, rel=1e-4)
+    contents = {path.name: path.read_bytes() for path in out.iterdir()}
+    tabular.export(runs, out)  # adding the same runs again changes nothing
+    assert contents == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def tabular_rows(**columns):
+    """Rows of tabular_summary.csv, one for every value of the columns, which have the same length."""
+    base = {
+        "problem": "preference",
+        "exp_name": "drlhf",
+        "seed": "1",
+        "rounds": "9",
+        "sweeps": "2.5",
+        "phi": "1",
+    }
+    base |= {"gradient_norm": "0.5", "round_to_0.001": "", "seconds_to_0.001": ""}
+    return [base | dict(zip(columns, values)) for values in zip(*columns.values(), strict=True)]
+
+
+def test_tabular_table():
+    rows = tabular_rows(
+        seed=["1", "2", "3", "688"],
+        phi=["1", "2", "4", "100"],
+        gradient_norm=["0.1", "0.01", "0.0001", "5"],
+        rounds=["1000", "1000", "3000", "7"],
+    )
+    rows[1] |= {"round_to_0.001": "10", "seconds_to_0.001": "1"}
+    rows[2] |= {"round_to_0.001": "30", "seconds_to_0.001": "2"}
+    rows += tabular_rows(problem=["new", "synthetic"], exp_name=["mine", "exact"])
+    assert tabular.table(rows, ("preference", "688")).splitlines()[2:] == [
+        "| synthetic | exact (9) | 1 | 0 |  |  | 2 | 1.0000 | 0.5 | 9 |",
+        "| preference | DRLHF | 3 | 2 | 20 | 1.50 | 2 | 2.0000 | 0.01 | 1,000 |",
+        "| new | mine | 1 | 0 |  |  | 2 | 1.0000 | 0.5 | 9 |",
+        "| preference, seed 688 | DRLHF | 1 | 0 |  |  | 2 | 100.0000 | 5 | 7 |",
+    ]
+    together = tabular.table(rows).splitlines()
+    assert (
+        together[3] == "| preference | DRLHF | 4 | 2 | 20 | 1.50 | 2 | 3.0000 | 0.055 | 1,000 |"
+        and len(together) == 5
+    )
+    assert together[:2] == [
+        "| problem | method | seeds | reach ‖∇φ‖ ≤ 0.001 | rounds until then | seconds until then "
+        "| sweeps a round | last φ | last ‖∇φ‖ | rounds |",
+        "|" + "---|" * 10,
+    ]
+
+
+def tabular_points(problem, method, seed, phis):
+    points = []
+    for i, phi in enumerate(phis):
+        row = dict(problem=problem, exp_name=method, seed=seed, round=i, seconds=2 * (i + 1), phi=phi)
+        points.append({k: str(v) for k, v in (row | dict(gradient_norm=phi / 10, cosine=phi / 100)).items()})
+    return points
+
+
+def test_tabular_figure():
+    points = []
+    for seed, phi in (("1", 1), ("2", 2), ("3", 4), ("4", 8), ("688", 64)):
+        points += tabular_points("preference", "drlhf", seed, [phi] * 5)
+    points += tabular_points("synthetic", "exact", "1", [9, 3, 1])
+    points += tabular_points("synthetic", "exact", "2", [9, 3, 1])
+    points += tabular_points("synthetic", "mine", "1", [7, 5])
+    figure = tabular.draw(points, ("preference", "688"))
+    titles = ["synthetic (n = 1)", "preference (n = 4)", "preference, seed 688 (n = 1)"]
+    assert [axis.get_title() for axis in figure.axes] == [title for title in titles for _ in range(4)]
+    labels = [
+        ("rounds", "φ"),
+        ("rounds", "‖∇φ‖"),
+        ("seconds", "‖∇φ‖"),
+        ("rounds", "cosine of direction and ∇φ"),
+    ]
+    assert [(axis.get_xlabel(), axis.get_ylabel()) for axis in figure.axes] == 3 * labels
+    assert {axis.get_xscale() for axis in figure.axes} == {"log"}
+    assert [axis.get_yscale() for axis in figure.axes[:4]] == ["log", "log", "log", "linear"]
+    assert [axis.get_yscale() for axis in figure.axes[4:8]] == ["linear", "log", "log", "linear"]
+    (key,) = figure.legends
+    assert [text.get_text() for text in key.get_texts()] == ["exact (9)", "mine", "DRLHF"]
+
+    exact, mine = figure.axes[0].lines
+    rounds = np.geomspace(1, 3, 100)  # rounds are counted from 1 on this axis
+    np.testing.assert_allclose(exact.get_xdata(), rounds)
+    np.testing.assert_allclose(exact.get_ydata(), np.interp(np.log(rounds), np.log([1, 2, 3]), [9, 3, 1]))
+    np.testing.assert_allclose(mine.get_xdata()[[0, -1]], [1, 2])
+    assert exact.get_linewidth() > mine.get_linewidth()
+    assert not figure.axes[0].collections  # neither the exact method nor a single seed has a band
+    np.testing.assert_allclose(figure.axes[2].lines[0].get_xdata()[[0, -1]], [2, 6])  # seconds stay seconds
+    np.testing.assert_allclose(figure.axes[2].lines[0].get_ydata()[[0, -1]], [0.9, 0.1])
+
+    for column, unit in enumerate((1, 0.1, 0.1, 0.01)):  # median and quartiles of 1, 2, 4, 8
+        axis = figure.axes[4 + column]
+        np.testing.assert_allclose(axis.lines[0].get_ydata(), 3 * unit)
+        _, low, high = band(axis)
+        np.testing.assert_allclose(low, 1.75 * unit)
+        np.testing.assert_allclose(high, 5 * unit)
+    np.testing.assert_allclose(figure.axes[8].lines[0].get_ydata(), 64)
+    together = tabular.draw(points)
+    assert len(together.axes) == 8
+    np.testing.assert_allclose(together.axes[4].lines[0].get_ydata(), 4)  # the median of five
+
+
+# The command line
+
+
+def test_from_runs_to_tables_and_figures(tmp_path, capsys):
+    """All of it, in folders whose names are patterns, and once more from results/ alone."""
+    runs, out, drawn = (tmp_path / f"{name}*?[a]" for name in ("runs", "results", "figures"))
+    for method, seed, final in (
+        ("ppo-matched", 1, 4),
+        ("ppo-matched", 2, 6),
+        ("blpo", 1, 9),
+        ("blpo", 2, 11),
+    ):
+        write_run(runs, method, seed, final=final)
+    write_run(runs, "ppo", 1, length=2, final=math.nan)
+    (runs / "killed").mkdir()
+    (runs / "killed" / "config.json").write_text("{}")
+    for problem, seed in (("synthetic", 1), ("preference", 1), ("preference", 688)):
+        write_tabular_run(runs, problem, "exact", seed, norms=[1.0, 0.5])
+    flags = ["--results-dir", str(out), "--figures-dir", str(drawn)]
+
+    plot.main([*flags, "--runs-dir", str(runs), "--apart", "preference:688"])
+    first = capsys.readouterr().out.splitlines(keepends=True)
+    assert first[0] == "no evaluation, left out: killed\n"
+    assert first[1] == "no episode was finished, left out: Pendulum-v1 ppo 1\n"
+    text = "".join(first[2:])
+    assert text == (out / "tables.md").read_text(encoding="utf-8")
+    blocks = text.split("\n\n")
+    assert [block.splitlines()[0].split(" | ")[0] for block in blocks] == [
+        "| environment",
+        "| environment",
+        "| over the environments that have all of BLPO, PPO matched and the method",
+        "| problem",
+    ]
+    assert "| Pendulum-v1 | BLPO | 2 | 10.0 ± 12.7 |" in blocks[1]
+    assert "| preference, seed 688 | exact (9) | 1 |" in blocks[3]
+    names = {
+        "curves",
+        "time",
+        "implicit_cosine",
+        "implicit_norm_ratio",
+        "ihvp_correction",
+        "aggregate",
+        "tabular",
+    }
+    assert {path.name for path in drawn.iterdir()} == {
+        f"{name}.{kind}" for name in names for kind in ("png", "pdf")
+    }
+
+    write_rows(out / "speed.csv", [{"name": "ppo-matched", "sps": 10, "ratio": 1, "mib": 1, "env_ms": 3}])
+    solver = dict(env_id="E", solver="cg", hessian="gauss-newton", products=1, residual=0.5, ms=2)
+    write_rows(out / "solvers.csv", [solver])
+    plot.main(flags)  # from results/ alone
+    again = capsys.readouterr().out
+    assert again.startswith("no episode was finished") and "| preference | exact (9) | 2 |" in again
+    assert {path.stem for path in drawn.iterdir()} == names | {"runtime", "solvers"}
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (runs, out, drawn)}
+
+
+def test_as_a_script_from_elsewhere_in_a_plain_locale(tmp_path):
+    """Files are UTF-8, whatever the locale is, and a folder's name may be that of an option."""
+    write_run(tmp_path / "--help", "blpo", 1)
+    (tmp_path / "tables.py").write_text("raise AssertionError('the wrong module')\n")
+    command = [
+        sys.executable,
+        ROOT / "tools" / "plot.py",
+        "--runs-dir=--help",
+        "--results-dir=-r",
+        "--figures-dir=f",
+    ]
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, env=ascii_only | {"PATH": "/usr/bin:/bin"}
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr.decode()
+    assert done.stdout == (tmp_path / "-r" / "tables.md").read_bytes()
+    assert (
+        "| Pendulum-v1 | BLPO | 1 | 10.0 |" in done.stdout.decode()
+        and (tmp_path / "f" / "curves.png").exists()
+    )
+    write_tabular_run(tmp_path / "--help", "synthetic", "exact", 1, norms=[1.0])
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, env=ascii_only | {"PATH": "/usr/bin:/bin"}
+    )
+    assert done.returncode == 0 and "‖∇φ‖".encode() in (tmp_path / "-r" / "tables.md").read_bytes()
+
+
+def refused(capsys, *flags):
+    """Status and message of the command line, which must end the program with one line."""
+    with pytest.raises(SystemExit) as stop:
+        plot.main(list(flags))
+    err = capsys.readouterr().err
+    status = stop.value.code
+    if isinstance(status, str):  # as sys.exit does it
+        status, err = 1, status + "\n"
+    assert err.startswith("error: ") and err.count("\n") == 1
+    return status, err
+
+
+def test_bad_input_is_one_line(tmp_path, capsys):
+    folders = ["--results-dir", str(tmp_path / "results"), "--figures-dir", str(tmp_path / "figures")]
+    status, err = refused(capsys, *folders)
+    assert status == 1 and "--runs-dir" in err and "no results in" in err
+    status, err = refused(capsys, *folders, "--runs-dir", str(tmp_path / "nowhere"))
+    assert status == 1 and "--runs-dir" in err and "nowhere is not a folder" in err
+    for value in ("preference", ":1", "preference:", "preference:one", "preference:-1", "preference:01"):
+        status, err = refused(capsys, *folders, "--apart", value)
+        assert (
+            status == 2
+            and err == f"error: --apart must be problem:seed, for example preference:688, got {value}\n"
+        )
+    write_tabular_run(tmp_path / "runs", "synthetic", "exact", 688, norms=[1.0])
+    write_tabular_run(tmp_path / "runs", "preference", "exact", 1, norms=[1.0])
+    status, err = refused(capsys, *folders, "--runs-dir", str(tmp_path / "runs"), "--apart", "preference:688")
+    assert status == 2 and "--apart preference:688: " in err
+    assert not (tmp_path / "figures").exists()
+    plot.main([*folders, "--apart", "synthetic:688"])
+    assert "| synthetic, seed 688 | exact (9) | 1 |" in capsys.readouterr().out
+    write_run(tmp_path / "deep", "blpo", 1)
+    status, err = refused(
+        capsys, "--results-dir", str(tmp_path / "r"), "--runs-dir", str(tmp_path / "deep"), "--apart=a:1"
+    )
+    assert status == 2 and "--apart a:1: " in err

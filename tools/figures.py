@@ -1,0 +1,303 @@
+"""All figures of the deep runs, of speed.csv (by speed.py --csv) and of solvers.csv (by solvers.py).
+
+Every `draw_` function returns a matplotlib Figure that belongs to nobody else: no pyplot, no backend, no
+global state. `save` writes it as png and pdf. Bands are 95 % intervals, by bootstrap over seeds.
+
+Curves are dictionaries from (env_id, exp_name) to a list with a dictionary of columns for every seed, each
+column of the shape (points,), as `results.load_curves` returns them.
+"""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+from matplotlib.figure import Figure
+
+from tools.results import label, style
+
+VARIANTS = ("blpo-released", "blpo-cg", "blpo-pcg", "control")  # shown beside BLPO in a figure of their own
+RETURN_LABEL = "return, mean of the last 100 episodes"
+STEPS_LABEL = "environment steps (millions)"
+DPI = 120
+
+# Solvers of solvers.csv in the order of the legend: name, colour, marker, label. Others come after these,
+# under their name.
+SOLVERS = {
+    "columns": ("#000000", "s", "Nyström, random columns"),
+    "gaussian": ("#E69F00", "D", "Nyström, Gaussian"),
+    "v-gaussian": ("#56B4E9", "^", "Nyström, v first"),
+    "krylov": ("#0072B2", "o", "Nyström, Krylov (default)"),
+    "cg": ("#CC79A7", "v", "CG"),
+    "pcg": ("#009E73", "P", "preconditioned CG"),
+}
+
+
+def save(figure: Figure, figures_dir: Path, name: str) -> None:
+    """Writes figures_dir/name.png and .pdf; the same figure gives the same bytes again."""
+    figures_dir.mkdir(parents=True, exist_ok=True)
+    figure.savefig(figures_dir / f"{name}.png", dpi=DPI, bbox_inches="tight")
+    figure.savefig(figures_dir / f"{name}.pdf", dpi=DPI, bbox_inches="tight", metadata={"CreationDate": None})
+
+
+def panels(count: int):
+    """A figure and a list of `count` axes in rows of at most three, four of them two by two."""
+    columns = 2 if count == 4 else min(count, 3)
+    rows = -(-count // columns)  # rounded up
+    figure = Figure(figsize=(4.4 * columns, 3.4 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    return figure, list(axes.flat[:count])
+
+
+# Learning curves
+
+
+def measured(runs, x: str, y: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The columns x and y of every run that has them, without the points at which y is not finite."""
+    found = []
+    for run in runs:
+        if x not in run or y not in run:
+            continue
+        finite = np.isfinite(run[y])
+        if finite.any():
+            found.append((run[x][finite], run[y][finite]))
+    return found
+
+
+def on_common_grid(runs, points: int = 200):
+    """Runs, pairs of x and y, at the same values of x.
+
+    Returns a grid over what all of them reach, (points,), and y there, (seeds, points).
+    """
+    begin = max(x[0] for x, _ in runs)
+    end = min(x[-1] for x, _ in runs)
+    grid = np.linspace(begin, end, points)
+    return grid, np.array([np.interp(grid, x, y) for x, y in runs])
+
+
+def mean_band(values):
+    """Lower and upper end of the 95 % bootstrap interval of the mean over seeds; values: (seeds, points)."""
+    with warnings.catch_warnings():  # seeds may all reach the maximum
+        warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
+        result = scipy.stats.bootstrap(
+            (values,),
+            np.mean,
+            axis=0,
+            confidence_level=0.95,
+            method="percentile",
+            n_resamples=1000,
+            rng=0,
+        )
+    return result.confidence_interval.low, result.confidence_interval.high
+
+
+def draw_curves(curves, *, x: str, y: str, xlabel: str, ylabel: str, scale: float) -> Figure:
+    """A panel per environment: mean over seeds of column y, and its 95 % band, against column x / scale."""
+    environments = list(dict.fromkeys(env_id for env_id, _ in curves))
+    figure, axes = panels(len(environments))
+    for axis, env_id in zip(axes, environments):
+        for (env, method), all_runs in curves.items():
+            runs = measured(all_runs, x, y)
+            if env != env_id or not runs:
+                continue
+            grid, values = on_common_grid(runs)
+            colour, line_style, name = style(method)
+            (line,) = axis.plot(
+                grid / scale,
+                values.mean(0),
+                color=colour,
+                linestyle=line_style,
+                linewidth=1.8,
+                label=f"{name} (n = {len(runs)})",
+            )
+            if len(runs) > 1:
+                low, high = mean_band(values)
+                axis.fill_between(grid / scale, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        axis.set(title=env_id, xlabel=xlabel, xlim=(0, None))
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=7, frameon=False, handlelength=3)
+    for axis in axes:
+        if axis.get_subplotspec().is_first_col():
+            axis.set_ylabel(ylabel)
+    figure.tight_layout()
+    return figure
+
+
+def curve_figures(curves) -> dict[str, Figure]:
+    """The figures of learning curves by name.
+
+    Always curves and time; variants where BLPO has some, and its diagnostics where a run has measured them.
+    """
+    against_steps = dict(
+        x="global_step",
+        y="return_100",
+        xlabel=STEPS_LABEL,
+        ylabel=RETURN_LABEL,
+        scale=1e6,
+    )
+    main = {key: runs for key, runs in curves.items() if key[1] not in VARIANTS}
+    figures = {"curves": draw_curves(main or curves, **against_steps)}
+
+    varied = {env_id for env_id, method in curves if method in VARIANTS}
+    if varied and main:
+        beside_blpo = {
+            (env_id, method): runs
+            for (env_id, method), runs in curves.items()
+            if env_id in varied and method in ("blpo", *VARIANTS)
+        }
+        figures["variants"] = draw_curves(beside_blpo, **against_steps)
+
+    figures["time"] = draw_curves(
+        curves,
+        x="wall_seconds",
+        y="return_100",
+        xlabel="wall-clock time (minutes)",
+        ylabel=RETURN_LABEL,
+        scale=60,
+    )
+
+    bilevel = {key: runs for key, runs in curves.items() if any("ihvp_correction" in run for run in runs)}
+    diagnostics = {
+        "implicit_cosine": "cosine of implicit term and policy gradient",
+        "implicit_norm_ratio": "norm of implicit term / policy gradient",
+        "ihvp_correction": "‖x − v/ρ‖ / ‖v/ρ‖",
+    }
+    for name, meaning in diagnostics.items():
+        if bilevel:
+            figures[name] = draw_curves(
+                bilevel,
+                x="global_step",
+                y=name,
+                xlabel=STEPS_LABEL,
+                ylabel=meaning,
+                scale=1e6,
+            )
+    return figures
+
+
+# Aggregates
+
+
+def draw_estimate(axis, estimate, *, y: float, width: float, colour) -> None:
+    """A bar over the interval of a tables.Estimate, and a dot at its value; colour None: the cycle's next."""
+    interval = [estimate.low, estimate.high]
+    (bar,) = axis.plot(interval, [y, y], color=colour, linewidth=width, alpha=0.35, solid_capstyle="butt")
+    axis.plot(estimate.value, y, "o", color=bar.get_color(), markersize=width)
+
+
+def draw_aggregate(result) -> Figure:
+    """IQM and P(BLPO > method) of every method, the first at the top.
+
+    result: as from `tables.aggregate`, not empty.
+    """
+    figure = Figure(figsize=(9, 0.5 * len(result) + 1.4))
+    left, right = figure.subplots(1, 2, sharey=True)
+    bottom_up = list(reversed(result.items()))
+    for row, (method, values) in enumerate(bottom_up):
+        colour = style(method)[0]
+        draw_estimate(left, values.iqm, y=row, width=6, colour=colour)
+        if values.blpo:
+            draw_estimate(left, values.blpo, y=row - 0.28, width=2, colour=style("blpo")[0])
+        if values.chance:
+            draw_estimate(right, values.chance, y=row, width=6, colour=colour)
+    left.set(yticks=range(len(result)), ylim=(-0.6, len(result) - 0.4))
+    left.set_xlabel("IQM of normalised returns (PPO, matched = 1)\nthin: BLPO on the same environments")
+    left.set_yticklabels(
+        [f"{label(method)} ({len(values.environments)} env.)" for method, values in bottom_up]
+    )
+    right.set(xlabel="P(BLPO > this), pairs of runs", xlim=(0, 1))
+    right.axvline(0.5, color="grey", linewidth=0.8)
+    for axis in (left, right):
+        axis.grid(alpha=0.25)
+    figure.tight_layout()
+    return figure
+
+
+# Speed and solvers
+
+
+def draw_runtime(rows: list[dict]) -> Figure:
+    """Time per environment step of every command, by phase, relative to the whole of one of them.
+
+    rows: of speed.csv, not empty: name (an exp_name or a command), sps (steps a second) and a column of
+    milliseconds for each phase, {phase}_ms. That one is "ppo-matched" if it is there, else the last. A
+    command that does not tell its phases has an empty bar.
+    """
+    phases = [column.removesuffix("_ms") for column in rows[0] if column.endswith("_ms")]
+    base = next((row for row in rows if row["name"] == "ppo-matched"), rows[-1])
+    totals = [float(base["sps"]) / float(row["sps"]) for row in rows]
+    greys = [str(0.25 + 0.6 * i / max(len(phases) - 1, 1)) for i in range(len(phases))]
+    hatches = ["", "//", "", "..", "", "xx"]
+
+    figure = Figure(figsize=(7, 0.45 * len(rows) + 1.6))
+    axis = figure.subplots()
+    for y, (row, total) in enumerate(reversed(list(zip(rows, totals)))):
+        spent = np.array([float(row[f"{phase}_ms"] or 0) for phase in phases])
+        parts = spent / max(spent.sum(), 1e-9) * total
+        if not parts.any():
+            axis.barh(y, total, color="white", edgecolor="black")
+        left = 0.0
+        for i, phase in enumerate(phases):
+            axis.barh(
+                y,
+                parts[i],
+                left=left,
+                color=greys[i],
+                hatch=hatches[i % len(hatches)],
+                edgecolor="white",
+                label=phase if y == 0 else None,
+            )
+            left += parts[i]
+        axis.text(total + 0.02, y, f"{total:.2f}", va="center", fontsize=8)
+    axis.set(yticks=range(len(rows)), xlabel=f"time per environment step, relative to {label(base['name'])}")
+    axis.set_yticklabels([label(row["name"]) for row in reversed(rows)])
+    axis.set_xlim(0, 1.12 * max(totals))
+    axis.legend(fontsize=7, ncols=3, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    figure.tight_layout()
+    return figure
+
+
+def draw_solvers(rows: list[dict]) -> Figure:
+    """A panel per environment: relative residual against milliseconds per solve, a point per budget.
+
+    rows: of solvers.csv, not empty: env_id, solver, hessian ("gauss-newton" or "full"), ms, residual.
+    """
+    environments = list(dict.fromkeys(row["env_id"] for row in rows))
+    others = dict.fromkeys(row["solver"] for row in rows if row["solver"] not in SOLVERS)
+    solvers = SOLVERS | {solver: (None, ".", solver) for solver in others}
+    figure, axes = panels(len(environments))
+    for axis, env_id in zip(axes, environments):
+        for solver, (colour, marker, name) in solvers.items():
+            for hessian, line_style in (("gauss-newton", "-"), ("full", ":")):
+                chosen = [
+                    row
+                    for row in rows
+                    if (row["env_id"], row["solver"], row["hessian"]) == (env_id, solver, hessian)
+                ]
+                if not chosen:
+                    continue
+                (line,) = axis.plot(
+                    [float(row["ms"]) for row in chosen],
+                    [float(row["residual"]) for row in chosen],
+                    line_style,
+                    color=colour,
+                    marker=marker,
+                    markersize=5,
+                    linewidth=1,
+                    label=name if hessian == "gauss-newton" else None,
+                )
+                line.set_markerfacecolor(line.get_color() if hessian == "gauss-newton" else "white")
+        axis.set(title=env_id, xlabel="ms per solve", xscale="log", yscale="log")
+        axis.set_xticks([0.5, 1, 2, 5, 10, 20], labels=["0.5", "1", "2", "5", "10", "20"])
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("‖(H + ρI)x − v‖ / ‖v‖")
+    axes[0].legend(
+        fontsize=6.5,
+        frameon=False,
+        title="filled: Gauss–Newton products\nhollow, dotted: full Hessian",
+        title_fontsize=6.5,
+    )
+    figure.tight_layout()
+    return figure

@@ -1,0 +1,112 @@
+"""From run folders to results: per-seed curves as small CSV files, Markdown tables, figures (png and pdf).
+
+    python tools/plot.py --runs-dir runs          # finished runs -> results/ -> tables and figures
+    python tools/plot.py                          # results/ -> tables and figures
+    python tools/plot.py --apart preference:688   # the same with a row for that instance, as published
+
+The tables are printed and written to results/tables.md. results/speed.csv (by speed.py --csv) and
+results/solvers.csv (by solvers.py) are drawn if they are there. What the files hold is said in
+tools/results.py and tools/tabular.py, what the numbers mean in tools/tables.py.
+"""
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import tyro
+
+if not __package__:  # run as a file, for which Python looks in tools/, but not in the folder that holds it
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools import figures, results, tables, tabular
+
+
+@dataclass
+class Args:
+    runs_dir: str = ""
+    """folder of run folders whose finished runs are added to results_dir first"""
+    results_dir: str = "results"
+    """folder of the per-seed CSV files"""
+    figures_dir: str = "figures"
+    """folder of the figures to write"""
+    apart: str = ""
+    """problem:seed of runs of sobirl_tabular.py to show in a row of their own, for example preference:688"""
+
+
+def parse_apart(text: str) -> tuple[str, str] | None:
+    """Problem and seed of --apart, None if it is empty; one line and status 2 if it is not problem:seed."""
+    if not text:
+        return None
+    found = re.fullmatch(r"(.+):(0|[1-9][0-9]*)", text)
+    if not found:
+        refuse(f"--apart must be problem:seed, for example preference:688, got {text}")
+    return found[1], found[2]
+
+
+def refuse(message: str) -> NoReturn:
+    """Ends the program because of the value of a flag."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def deep_runs(results_dir: Path, figures_dir: Path) -> str:
+    """Draws the figures of summary.csv, of speed.csv and of solvers.csv, and returns the tables."""
+    summary = results.read_csv(results_dir / "summary.csv")
+    if silent := results.without_episodes(summary):
+        print(f"no episode was finished, left out: {', '.join(silent)}")
+    curves = results.load_curves(results_dir, summary)
+    aggregates = tables.aggregate(summary, results.starting_returns(curves))
+
+    drawn = figures.curve_figures(curves)
+    if aggregates:
+        drawn["aggregate"] = figures.draw_aggregate(aggregates)
+    if (results_dir / "speed.csv").exists():
+        drawn["runtime"] = figures.draw_runtime(results.read_csv(results_dir / "speed.csv"))
+    if (results_dir / "solvers.csv").exists():
+        drawn["solvers"] = figures.draw_solvers(results.read_csv(results_dir / "solvers.csv"))
+    for name, figure in drawn.items():
+        figures.save(figure, figures_dir, name)
+    return tables.all_tables(summary, aggregates)
+
+
+def tabular_runs(results_dir: Path, figures_dir: Path, apart: tuple[str, str] | None) -> str:
+    """Draws the figure of tabular.csv; returns the table of tabular_summary.csv."""
+    figures.save(tabular.draw(results.read_csv(results_dir / "tabular.csv"), apart), figures_dir, "tabular")
+    return tabular.table(results.read_csv(results_dir / "tabular_summary.csv"), apart)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line.
+
+    Ends with status 1 where there is nothing to show or runs do not fit together, with 2 for a bad flag.
+    """
+    args = tyro.cli(Args, args=argv, description=__doc__)
+    apart = parse_apart(args.apart)
+    results_dir = Path(args.results_dir)
+    figures_dir = Path(args.figures_dir)
+    if args.runs_dir:
+        results.export(Path(args.runs_dir), results_dir)
+        tabular.export(Path(args.runs_dir), results_dir)
+    has_deep = (results_dir / "summary.csv").exists()
+    has_tabular = (results_dir / "tabular_summary.csv").exists()
+    if not has_deep and not has_tabular:
+        sys.exit(f"error: no results in {results_dir}: name a folder with finished runs by --runs-dir")
+    if apart:
+        rows = results.read_csv(results_dir / "tabular_summary.csv") if has_tabular else []
+        if apart not in {tabular.instance(row) for row in rows}:
+            refuse(f"--apart {args.apart}: {results_dir} has no run of sobirl_tabular.py with that seed")
+
+    parts = []
+    if has_deep:
+        parts.append(deep_runs(results_dir, figures_dir))
+    if has_tabular:
+        parts.append(tabular_runs(results_dir, figures_dir, apart))
+    text = "\n\n".join(parts)
+    print(text)
+    (results_dir / "tables.md").write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

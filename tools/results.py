@@ -1,0 +1,271 @@
+"""From run folders to `results/`: what a finished run of a deep script leaves, as small CSV files.
+
+`results/{env_id}__{exp_name}__{seed}.csv` holds about 200 points of a run: environment steps, the mean return
+of the last 100 training episodes, the seconds it took so far (with whatever else the machine did), and BLPO's
+diagnostics. `results/summary.csv` has a line per run: its final return_100, the mean return of its
+evaluation, versions and flags.
+
+A summary, here and in the other modules, is the list of those lines as `read_csv` returns them: dictionaries
+of strings.
+"""
+
+import csv
+import json
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+# The methods in the order of tables and legends: exp_name, colour, line style, label. Methods with other
+# names come after these and are shown under their exp_name. Okabe-Ito colours (grey for its yellow), told
+# apart in grey by the line style.
+STYLES = {
+    "blpo": ("#0072B2", "-", "BLPO"),
+    "blpo-released": ("#56B4E9", "--", "BLPO, released term"),
+    "blpo-cg": ("#CC79A7", (0, (3, 1, 1, 1)), "BLPO with CG"),
+    "blpo-pcg": ("#888888", (0, (3, 1, 1, 1, 1, 1)), "BLPO with preconditioned CG"),
+    "control": ("#E69F00", "-.", "control: plain advantage"),
+    "nested": ("#009E73", ":", "nesting only"),
+    "ppo-matched": ("#000000", (0, (5, 1)), "PPO, matched"),
+    "ppo": ("#D55E00", (0, (1, 2)), "PPO, CleanRL's flags"),
+}
+
+# Columns of progress.csv that the per-seed files keep, as far as a run has them.
+CURVE_COLUMNS = (
+    "global_step",
+    "return_100",
+    "wall_seconds",
+    "implicit_cosine",
+    "implicit_norm_ratio",
+    "ihvp_correction",
+)
+POINTS = 200
+
+# Flags that do not change what a run measures, or that have a column of their own.
+PRIVATE_FLAGS = (
+    "runs_dir",
+    "env_id",
+    "exp_name",
+    "seed",
+    "checkpoint_every",
+    "resume",
+    "evaluate",
+    "eval_every",
+    "capture_video",
+    "track",
+)
+
+
+def style(method: str):
+    """Colour (None: the next of matplotlib's cycle), line style and label of a method, by its exp_name."""
+    return STYLES.get(method, (None, "-", method))
+
+
+def label(method: str) -> str:
+    """The name of a method in tables and legends."""
+    return style(method)[2]
+
+
+def method_order(method: str):
+    """Sorting key: methods as in STYLES, then the others by name."""
+    known = list(STYLES)
+    return (known.index(method) if method in known else len(known)), method
+
+
+def run_order(row: dict):
+    """Sorting key of the lines of a summary: environment, method, seed."""
+    return row["env_id"], method_order(row["exp_name"]), int(row["seed"])
+
+
+# Files
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file, every value as text."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Writes rows, of which some may lack columns; the columns are in the order in which they first occur."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def safe_name(text: str) -> str:
+    """Text as a part of a file name, spelled as in the names of the run folders."""
+    return re.sub(r"[^\w.-]+", "-", text, flags=re.ASCII)
+
+
+def curve_path(results_dir: Path, row: dict) -> Path:
+    """The per-seed file that belongs to a line of the summary."""
+    return results_dir / f"{row['env_id']}__{row['exp_name']}__{row['seed']}.csv"
+
+
+# Run folders
+
+
+def run_folders(runs_dir: Path) -> list[tuple[Path, dict]]:
+    """Every run folder in runs_dir, by name, with the contents of its config.json.
+
+    Ends the program with one line and status 1 if runs_dir is not a folder or a config.json is damaged.
+    """
+    if not runs_dir.is_dir():
+        sys.exit(f"error: --runs-dir {runs_dir} is not a folder")
+    found = []
+    for folder in sorted(path.parent for path in runs_dir.glob("*/config.json")):
+        path = folder / "config.json"
+        try:
+            found.append((folder, json.loads(path.read_text(encoding="utf-8"))))
+        except ValueError as problem:
+            sys.exit(f"error: {path} is not JSON: {problem}")
+    return found
+
+
+def is_tabular(config: dict) -> bool:
+    """Whether a run is one of sobirl_tabular.py, which measures other things than the deep scripts."""
+    return config.get("script") == "sobirl_tabular.py"
+
+
+def is_finished(folder: Path, proof: str) -> bool:
+    """Whether a run has written its last file, `proof`; one that has not is named on standard output."""
+    if (folder / proof).exists():
+        return True
+    print(f"no {Path(proof).stem}, left out: {folder.name}")
+    return False
+
+
+# Export
+
+
+def export(runs_dir: Path, results_dir: Path) -> None:
+    """Adds every finished run of a deep script (one with an evaluation) to results_dir.
+
+    What was there of the same environment, exp_name and seed is replaced; of two such runs the one whose
+    folder is later in the alphabet stays, which is the younger one. All runs of a name must have the same
+    flags: if they have not, the program ends with one line and status 1, and nothing is written.
+    """
+    summary_path = results_dir / "summary.csv"
+    known = read_csv(summary_path) if summary_path.exists() else []
+    summary = {(row["env_id"], row["exp_name"], row["seed"]): row for row in known}
+    curves = {}
+    for folder, config in run_folders(runs_dir):
+        if is_tabular(config) or not is_finished(folder, proof="evaluation.csv"):
+            continue
+        progress = read_csv(folder / "progress.csv")
+        row = summary_row(config, progress[-1], read_csv(folder / "evaluation.csv"))
+        same_name = [
+            other
+            for other in summary.values()
+            if (other["env_id"], other["exp_name"]) == (row["env_id"], row["exp_name"])
+        ]
+        if changed := changed_flags(row, same_name):
+            others = f"the runs of that name in {results_dir}"
+            sys.exit(f"error: {folder.name} has other flags than {others}: {', '.join(changed)}")
+        summary[row["env_id"], row["exp_name"], row["seed"]] = row
+        curves[curve_path(results_dir, row)] = curve_text(progress)
+
+    if not summary:
+        return
+    results_dir.mkdir(parents=True, exist_ok=True)
+    for path, text in curves.items():
+        path.write_text(text, encoding="utf-8")
+    write_csv(summary_path, [summary[name] for name in sorted(summary)])
+
+
+def summary_row(config: dict, last: dict, evaluation: list[dict]) -> dict:
+    """The line of summary.csv for a run.
+
+    config: contents of config.json; last: last row of progress.csv; evaluation: rows of evaluation.csv, one
+    an episode. Returns are in the environment's own units, rounded to 0.01; wall_seconds are seconds, sps
+    environment steps a second.
+    """
+    flags = config["flags"]
+    row = {
+        "env_id": safe_name(flags["env_id"]),
+        "exp_name": safe_name(flags["exp_name"]),
+        "seed": str(flags["seed"]),
+        "global_step": last["global_step"],
+        "return_100": round(float(last["return_100"]), 2),
+        "eval_return": round(float(np.mean([float(episode["return"]) for episode in evaluation])), 2),
+        "wall_seconds": last["wall_seconds"],
+        "sps": last["sps"],
+    }
+    public_flags = {name: value for name, value in flags.items() if name not in PRIVATE_FLAGS}
+    return row | config["versions"] | {"flags": json.dumps(public_flags)}
+
+
+def changed_flags(row: dict, others: list[dict]) -> list[str]:
+    """How the flags of a line of the summary differ from the first of the others that has different ones."""
+    flags = json.loads(row["flags"])
+    for other in others:
+        theirs = json.loads(other["flags"])
+        common = flags.keys() & theirs.keys()
+        if changed := sorted(name for name in common if flags[name] != theirs[name]):
+            return [f"--{name} {flags[name]}, not {theirs[name]}" for name in changed]
+    return []
+
+
+def curve_text(progress: list[dict]) -> str:
+    """The per-seed CSV file of a run: at most POINTS rows of its progress, evenly spread, first to last."""
+    columns = [column for column in CURVE_COLUMNS if column in progress[0]]
+    kept = np.unique(np.linspace(0, len(progress) - 1, POINTS).astype(int))
+    lines = [",".join(f"{float(progress[i][column]):.6g}" for column in columns) for i in kept]
+    return "\n".join([",".join(columns), *lines]) + "\n"
+
+
+# What tables and figures start from
+
+
+def grouped(summary: list[dict]) -> dict[tuple[str, str], np.ndarray]:
+    """Final training returns by (env_id, exp_name), each of shape (seeds,).
+
+    They come in the order of tables and legends. A run that is too short to have finished an episode has no
+    return and is left out.
+    """
+    finals = defaultdict(list)
+    for row in sorted(summary, key=run_order):
+        if np.isfinite(float(row["return_100"])):
+            finals[row["env_id"], row["exp_name"]].append(float(row["return_100"]))
+    return {name: np.array(values) for name, values in finals.items()}
+
+
+def without_episodes(summary: list[dict]) -> list[str]:
+    """The runs that `grouped` leaves out, as texts, in the order of the summary."""
+    return [
+        f"{row['env_id']} {row['exp_name']} {row['seed']}"
+        for row in summary
+        if not np.isfinite(float(row["return_100"]))
+    ]
+
+
+def load_curves(results_dir: Path, summary: list[dict]) -> dict[tuple[str, str], list[dict[str, np.ndarray]]]:
+    """The per-seed files of all lines of a summary, by (env_id, exp_name).
+
+    Every seed is a dictionary of columns of the shape (points,); a run's return_100 is NaN until its first
+    episode ends.
+    """
+    curves = defaultdict(list)
+    for row in sorted(summary, key=run_order):
+        points = read_csv(curve_path(results_dir, row))
+        columns = {column: np.array([float(point[column]) for point in points]) for column in points[0]}
+        curves[row["env_id"], row["exp_name"]].append(columns)
+    return dict(curves)
+
+
+def starting_returns(curves) -> dict[str, float]:
+    """Per environment the mean, over all runs of all methods, of a run's first finite return_100.
+
+    curves: as from `load_curves`. An environment in which no run has finished an episode is missing.
+    """
+    starts = defaultdict(list)
+    for (env_id, _), runs in curves.items():
+        for run in runs:
+            finite = run["return_100"][np.isfinite(run["return_100"])]
+            starts[env_id].extend(finite[:1])
+    return {env_id: float(np.mean(values)) for env_id, values in starts.items() if values}
