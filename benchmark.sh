@@ -59,7 +59,10 @@ read_settings() { # sets the variables of the first lines, and the arrays envs, 
     [[ $JOBS =~ ^[1-9][0-9]*$ ]] || fail "JOBS must be a positive number, got $JOBS"
     [[ $STEPS =~ ^([1-9][0-9]*)?$ ]] || fail "STEPS must be a positive number, got $STEPS"
     [[ $LAUNCHER == local || $LAUNCHER == slurm ]] || fail "LAUNCHER must be local or slurm, got $LAUNCHER"
-    "$PYTHON" -c 'import gymnasium, torch' 2> /dev/null ||
+    # Looks for the packages without importing them, which would take seconds.
+    local there='import sys; from importlib.util import find_spec as f
+sys.exit(not (f("gymnasium") and f("torch")))'
+    "$PYTHON" -c "$there" 2> /dev/null ||
         fail "PYTHON=$PYTHON finds no gymnasium or torch: pip install -r requirements.txt"
 
     words envs "${ENVS-Walker2d-v4 Hopper-v4 CartPole-v1 Acrobot-v1}"
@@ -103,38 +106,38 @@ method_command() { # sets script and method_flags for method $1 and $2 (continuo
 
 # Jobs: a job is an index into the arrays job_envs, job_kinds, job_methods, job_seeds and job_names
 
-kinds_of_actions() { # prints continuous or discrete, a line for each of the environments $@
+look_at_environments() { # prints a line for each of $@: the kind of its actions, its name in folders
     # What cannot be made is called continuous, and fails later as a job, with its reason in the log. What the
     # modules of environments print when they are imported is no answer, and goes where errors go.
-    "$PYTHON" -W ignore - "$@" 2> /dev/null <<< '
+    "$PYTHON" -W ignore - "$HERE" "$@" 2> /dev/null <<< '
 import os, sys, gymnasium
 answers = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(2, 1)
-for env_id in sys.argv[1:]:
+sys.path.append(sys.argv[1])
+from support.names import slug
+for env_id in sys.argv[2:]:
     try:
         space = gymnasium.make(env_id, disable_env_checker=True).action_space
     except BaseException:
         space = None
-    print("discrete" if isinstance(space, gymnasium.spaces.Discrete) else "continuous", file=answers)
+    kind = "discrete" if isinstance(space, gymnasium.spaces.Discrete) else "continuous"
+    print(kind, slug(env_id), file=answers)
 '
 }
 
-folder_name() { # prints $1 as the scripts spell it in the names of their run folders
-    LC_ALL=C sed -E 's/[^A-Za-z0-9_.-]+/-/g' <<< "$1"
-}
-
 list_jobs() { # fills the arrays of jobs, seeds outermost, so that early results compare
-    local kinds seed method i
-    mapfile -t kinds < <(kinds_of_actions "${envs[@]}")
+    local answers seed method i
+    mapfile -t answers < <(look_at_environments "${envs[@]}")
+    ((${#answers[@]} == ${#envs[@]})) || fail "PYTHON=$PYTHON cannot look at the environments: ${envs[*]}"
     job_envs=() job_kinds=() job_methods=() job_seeds=() job_names=()
     for seed in "${seeds[@]}"; do
         for i in "${!envs[@]}"; do
             for method in "${methods[@]}"; do
                 job_envs+=("${envs[i]}")
-                job_kinds+=("${kinds[i]:-continuous}")
+                job_kinds+=("${answers[i]%% *}")
                 job_methods+=("$method")
                 job_seeds+=("$seed")
-                job_names+=("$(folder_name "${envs[i]}__${method}__$seed")")
+                job_names+=("${answers[i]#* }__${method}__$seed")
             done
         done
     done

@@ -3,7 +3,6 @@
 import ctypes.util
 import math
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from support.acting import numpy_policy
 from support.environments import EVALUATION, Environments, RunningMeanStd, make_env
 from support.flags import fail, say, shown
+from support.names import slug
 from support.run_folder import MODEL, EnvironmentFailed, Run, misfit
 
 
@@ -32,7 +32,7 @@ def play(actor, normalize, args, videos: Path | None = None) -> Episodes:
     are the evaluation's own, so that training goes on as if there had been none."""
     env = make_env(args, render_mode="rgb_array") if videos else make_env(args)
     if videos:
-        name = re.sub(r"[^\w.-]+", "-", args.env_id)
+        name = slug(args.env_id)
 
         def first_three(episode: int) -> bool:
             return episode < 3

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import platform
-import re
 import shlex
 import signal
 import subprocess
@@ -22,7 +21,6 @@ import sys
 import tempfile
 import time
 import traceback
-import zlib
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
@@ -34,6 +32,7 @@ import torch
 from tqdm import tqdm
 
 from support.flags import fail, say, script_of, shown
+from support.names import slug
 
 CHECKPOINT = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
@@ -128,14 +127,6 @@ def check_runs_dir(runs_dir: str) -> None:
         tempfile.TemporaryDirectory(dir=runs_dir).cleanup()
     except OSError as problem:
         fail(f"--runs-dir {runs_dir} is not writable ({problem.strerror}): name another folder")
-
-
-def slug(name: str) -> str:
-    """A name as part of a folder's: other characters than letters, digits, points and dashes become dashes.
-    Names with letters from elsewhere, which would all look alike then, get a checksum that keeps them
-    apart."""
-    text = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)
-    return text if name.isascii() else f"{text}-{zlib.crc32(name.encode('utf-8', 'replace')):08x}"
 
 
 def lock_folder(folder: Path) -> filelock.BaseFileLock:

@@ -74,8 +74,10 @@ def stand_in(tmp_path, training=""):
 case "$*" in
     "-c "*) exit ;;
     "-W ignore - "*)
-        shift 3
-        for env_id in "$@"; do [[ $env_id == CartPole* ]] && echo discrete || echo continuous; done
+        shift 4
+        for env_id in "$@"; do
+            [[ $env_id == CartPole* ]] && echo "discrete $env_id" || echo "continuous $env_id"
+        done
         exit ;;
     *plot.py*)
         echo "drawn: ${{@:2}}"

@@ -11,12 +11,13 @@ of strings.
 
 import csv
 import json
-import re
 import sys
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+
+from support.names import slug
 
 # The methods in the order of tables and legends: exp_name, colour, line style, label. Methods with other
 # names come after these and are shown under their exp_name. Okabe-Ito colours (grey for its yellow), told
@@ -97,11 +98,6 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def safe_name(text: str) -> str:
-    """Text as a part of a file name, spelled as in the names of the run folders."""
-    return re.sub(r"[^\w.-]+", "-", text, flags=re.ASCII)
-
-
 def curve_path(results_dir: Path, row: dict) -> Path:
     """The per-seed file that belongs to a line of the summary."""
     return results_dir / f"{row['env_id']}__{row['exp_name']}__{row['seed']}.csv"
@@ -158,7 +154,10 @@ def export(runs_dir: Path, results_dir: Path) -> None:
         if is_tabular(config) or not is_finished(folder, proof="evaluation.csv"):
             continue
         progress = read_csv(folder / "progress.csv")
-        row = summary_row(config, progress[-1], read_csv(folder / "evaluation.csv"))
+        evaluation = read_csv(folder / "evaluation.csv")
+        if cut := sum(episode.get("cut") == "1" for episode in evaluation):
+            print(f"{cut} of {len(evaluation)} episodes of the evaluation were cut: {folder.name}")
+        row = summary_row(config, progress[-1], evaluation)
         same_name = [
             other
             for other in summary.values()
@@ -187,8 +186,8 @@ def summary_row(config: dict, last: dict, evaluation: list[dict]) -> dict:
     """
     flags = config["flags"]
     row = {
-        "env_id": safe_name(flags["env_id"]),
-        "exp_name": safe_name(flags["exp_name"]),
+        "env_id": slug(flags["env_id"]),
+        "exp_name": slug(flags["exp_name"]),
         "seed": str(flags["seed"]),
         "global_step": last["global_step"],
         "return_100": round(float(last["return_100"]), 2),

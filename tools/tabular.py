@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from tools.results import PRIVATE_FLAGS, is_finished, is_tabular, read_csv, run_folders, safe_name, write_csv
+from support.names import slug
+from tools.results import PRIVATE_FLAGS, is_finished, is_tabular, read_csv, run_folders, write_csv
 from tools.tables import markdown
 
 # The methods in the order of table and legend: exp_name, colour, line style, label with oracle and published
@@ -116,7 +117,7 @@ def export(runs_dir: Path, results_dir: Path) -> None:
 def summary_row(config: dict, progress: list[dict[str, float]]) -> dict:
     """The line of tabular_summary.csv for a run; REACHED is empty if it does not get to TOLERANCE."""
     flags = config["flags"]
-    name = {"problem": flags["problem"], "exp_name": safe_name(flags["exp_name"]), "seed": str(flags["seed"])}
+    name = {"problem": flags["problem"], "exp_name": slug(flags["exp_name"]), "seed": str(flags["seed"])}
     last = progress[-1]
     arrival = next((row for row in progress if row["gradient_norm"] <= TOLERANCE), {})
     reached = {
