@@ -31,6 +31,12 @@ from support.run_folder import EnvironmentFailed, Run, Stop
 EVALUATION = 1
 RESUMED = 2
 
+# MuJoCo looks for islands, groups of bodies that no contact joins, to solve for each of them alone. These
+# tasks have one robot and nothing to push, so that there is one island: without looking for it 10,000 steps
+# are the same to the byte, and physics is up to 8 % faster (mujoco 3.3.7).
+ROBOTS = ("Ant", "HalfCheetah", "Hopper", "Humanoid", "HumanoidStandup", "InvertedDoublePendulum")
+ROBOTS += ("InvertedPendulum", "Reacher", "Swimmer", "Walker2d")
+ONE_ISLAND = {f"{robot}-{version}" for robot in ROBOTS for version in ("v4", "v5")}
 
 MANY = 5_000  # numbers in an observation, from which on it is more likely a picture than a state
 
@@ -59,6 +65,10 @@ def check_env_id(env_id: str) -> None:
 def make_env(args, **options) -> gym.Env:
     """An environment with flat observations, (obs_dim,), and with actions of about the size of 1."""
     env = gym.make(args.env_id, disable_env_checker=True, **args.env_options, **options)
+    if args.env_id in ONE_ISLAND and not args.env_options:
+        import mujoco  # which other environments do not need
+
+        env.unwrapped.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_ISLAND
     if texts := text_parts(env.observation_space):
         env = gym.wrappers.FilterObservation(env, [key for key in env.observation_space if key not in texts])
     space = env.observation_space
