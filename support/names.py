@@ -5,7 +5,7 @@ import zlib
 
 
 def slug(name: str) -> str:
-    """A name in letters, digits, points and dashes of ASCII; whatever else is in it becomes dashes. Names with
-    letters from elsewhere, which would all look alike then, get a checksum that keeps them apart."""
+    """A name in letters, digits, points and dashes of ASCII; whatever else is in it becomes dashes. Names
+    with letters from elsewhere, which would all look alike then, get a checksum that keeps them apart."""
     text = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)
     return text if name.isascii() else f"{text}-{zlib.crc32(name.encode('utf-8', 'replace')):08x}"
