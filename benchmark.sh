@@ -69,6 +69,9 @@ sys.exit(not (f("gymnasium") and f("torch")))'
     words seeds "${SEEDS-1 2 3 4 5}"
     words methods "${METHODS-ppo-matched nested blpo}"
     words extra_flags "$FLAGS"
+    ((${#envs[@]})) || fail "ENVS must name an environment"
+    ((${#seeds[@]})) || fail "SEEDS must name a seed"
+    ((${#methods[@]})) || fail "METHODS must name a method"
     local seed method
     for seed in "${seeds[@]}"; do
         [[ $seed =~ ^(0|[1-9][0-9]*)$ ]] || fail "SEEDS must be numbers without leading zeros, got $seed"
@@ -309,8 +312,12 @@ record() { # process $1 has ended with status $2: enters its job where it belong
     unset "running[$1]"
     case $2 in
         0)
-            finished=$((finished + 1))
-            fresh=$((fresh + 1))
+            if plan "$job"; then # it has ended as if all were well, without its last file
+                failed+=("$job")
+            else
+                finished=$((finished + 1))
+                fresh=$((fresh + 1))
+            fi
             ;;
         "$LOCKED") later+=("$job") ;;
         *) failed+=("$job") ;;

@@ -1,14 +1,15 @@
 """From the command line to training, to going on with a run, or to an evaluation of one."""
 
+import contextlib
 import gc
 import signal
 import warnings
 
 from support.environments import check_env_id, find_modules_here
 from support.evaluation import evaluate_run
-from support.flags import check_run_flags, parse_args, print_anything, script_of
+from support.flags import check_run_flags, given_flags, parse_args, print_anything, script_of
 from support.run_folder import check_runs_dir
-from support.saved import load_to_evaluate, load_to_resume
+from support.saved import go_on, load_to_evaluate, load_to_resume
 
 
 def own_process() -> None:
@@ -27,6 +28,8 @@ def start(Args, check_args, train, Actor, description: str, argv: list[str] | No
     args = parse_args(Args, description, argv)
     args.exp_name = args.exp_name or script_of(args).stem
     args.require("resume", not (args.resume and args.evaluate), "be empty with --evaluate: give one of them")
+    for flag in {"resume", "evaluate"} & given_flags(args, argv):
+        args.require(flag, getattr(args, flag) != "", "name the folder of a run")
     find_modules_here()
     if args.evaluate:
         args, path, saved = load_to_evaluate(args, argv)
@@ -36,8 +39,15 @@ def start(Args, check_args, train, Actor, description: str, argv: list[str] | No
     checkpoint = None
     if args.resume:
         args, checkpoint = load_to_resume(args, argv)
-    check_run_flags(args)
-    check_args(args)
-    check_env_id(args.env_id)
-    check_runs_dir(args.runs_dir)
+    with contextlib.ExitStack() as refused:
+        if args.resume:
+            refused.callback(checkpoint["lock"].release)
+        check_run_flags(args)
+        check_args(args)
+        check_env_id(args.env_id)
+        if args.resume:
+            go_on(args, checkpoint)
+        else:
+            check_runs_dir(args.runs_dir)
+        refused.pop_all()  # all is right, the run keeps its lock
     return train(args, checkpoint)

@@ -23,7 +23,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from support.flags import fail, say, script_of, shown
+from support.flags import FOREIGN, fail, say, script_of, shown
 from support.run_folder import EnvironmentFailed, Run, Stop
 
 # What seeds are drawn for, beside --seed itself for the environments of training: streams that must not
@@ -54,7 +54,7 @@ def check_env_id(env_id: str) -> None:
         if module:
             importlib.import_module(module)
         gym.spec(name)
-    except Exception as problem:  # a foreign module may raise anything
+    except FOREIGN as problem:  # a foreign module may raise anything
         close = difflib.get_close_matches(name, gym.registry, n=3)
         hint = f"; did you mean {', '.join(close)}?" if close else ""
         fail(f"--env-id {env_id}: {shown(problem)}{hint}")
@@ -64,7 +64,8 @@ def check_env_id(env_id: str) -> None:
 
 def make_env(args, **options) -> gym.Env:
     """An environment with flat observations, (obs_dim,), and with actions of about the size of 1."""
-    env = gym.make(args.env_id, disable_env_checker=True, **args.env_options, **options)
+    options = args.env_options | options | {"disable_env_checker": True}
+    env = gym.make(args.env_id, **options)
     if args.env_id in ONE_ISLAND and not args.env_options:
         import mujoco  # which other environments do not need
 
@@ -77,8 +78,19 @@ def make_env(args, **options) -> gym.Env:
             raise TypeError(f"its observations cannot be flattened: {bad}")
         env = gym.wrappers.FlattenObservation(env)  # dm_control's dictionaries, images
     if rescales(args.rescale_actions, env.action_space):
-        env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+        env = rescaled(env)
     return env
+
+
+def rescaled(env: gym.Env) -> gym.Env:
+    """The environment with actions in [-1, 1]."""
+    box = env.action_space
+
+    def within(action):  # rounding may leave the box by the last digit, which some environments refuse
+        return np.clip(action, box.low, box.high).astype(box.dtype)
+
+    one = box.dtype.type(1)
+    return gym.wrappers.RescaleAction(gym.wrappers.TransformAction(env, within, box), -one, one)
 
 
 def text_parts(space: gym.Space) -> list[str]:
@@ -165,7 +177,7 @@ class Environments:
         try:
             self.envs = [make_env(args) for _ in range(N)]
             shapes = {np.shape(env.reset(seed=args.seed)[0]) for env in self.envs}
-        except Exception as problem:  # whatever a foreign environment raises
+        except FOREIGN as problem:  # whatever a foreign environment raises
             fail(f"--env-id {args.env_id} cannot be made: {shown(problem)}")
         self.action_space = self.envs[0].action_space
         self.refuse_other_spaces(actions, shapes)
@@ -247,7 +259,7 @@ class Environments:
         try:
             for i, seed in enumerate(seeds):
                 self.reset(i, seed)
-        except Exception as problem:  # whatever a foreign environment raises
+        except FOREIGN as problem:  # whatever a foreign environment raises
             raise EnvironmentFailed(self.args.env_id, self.steps) from problem
         self.check_finite(self.raw_obs)
 
@@ -258,13 +270,13 @@ class Environments:
             results = [env.step(action) for env, action in zip(self.envs, actions)]
             observed, reward, terminated, truncated, _ = zip(*results)
             reward = np.array(reward, float).reshape(len(self.envs))  # from numbers, or arrays of one
-            terminated = np.array(terminated, np.float32)
-            done = np.array(truncated, bool) | (terminated > 0)
+            terminated = np.array(terminated, np.float32).reshape(len(self.envs))
+            done = np.array(truncated, bool).reshape(len(self.envs)) | (terminated > 0)
             np.stack(observed, out=self.last_obs)  # which refuses other shapes
             self.raw_obs[:] = self.last_obs
             for i in np.flatnonzero(done):
                 self.reset(i)
-        except Exception as problem:  # whatever a foreign environment raises
+        except FOREIGN as problem:  # whatever a foreign environment raises
             raise EnvironmentFailed(self.args.env_id, self.steps) from problem
         self.run.lap("env")
         self.check_finite(self.raw_obs, self.last_obs, reward[:, None])
@@ -391,7 +403,7 @@ def env_state(env: gym.Env) -> dict | None:
     and of its wrappers, its random generator, MuJoCo's arrays. None for others, or with other wrappers, which
     may remember more."""
     known = (gym.wrappers.TimeLimit, gym.wrappers.OrderEnforcing)
-    known += (gym.wrappers.FlattenObservation, gym.wrappers.RescaleAction)
+    known += (gym.wrappers.FlattenObservation, gym.wrappers.RescaleAction, gym.wrappers.TransformAction)
     *around, core = wrappers(env)
     ours = type(core).__module__.startswith(("gymnasium.envs.mujoco.", "gymnasium.envs.classic_control."))
     if not (ours and all(type(layer) in known for layer in around)):

@@ -14,7 +14,7 @@ import torch
 
 from support.acting import numpy_policy
 from support.environments import EVALUATION, Environments, RunningMeanStd, make_env
-from support.flags import fail, say, shown
+from support.flags import FOREIGN, fail, say, shown
 from support.names import slug
 from support.run_folder import MODEL, EnvironmentFailed, Run, misfit
 
@@ -86,7 +86,7 @@ def during_training(run: Run, iteration: int, actor, envs: Environments, args) -
             episodes = play(actor, envs.normalize, args)
             found["eval_return"] = float(episodes.returns.mean())
             found["eval_length"] = float(episodes.lengths.mean())
-        except Exception as problem:  # whatever a foreign environment raises: training can do without
+        except FOREIGN as problem:  # whatever a foreign environment raises: training can do without
             say(f"evaluation failed: {shown(problem)}", error=True)
     run.lap("evaluation")
     return found
@@ -106,7 +106,7 @@ def finish(run: Run, actor, critic, envs: Environments, args) -> None:
     if args.eval_episodes:
         try:
             found = play(actor, envs.normalize, args)
-        except Exception as problem:  # whatever a foreign environment raises
+        except FOREIGN as problem:  # whatever a foreign environment raises
             raise EnvironmentFailed(args.env_id, envs.steps) from problem
         rows = zip(found.returns.tolist(), found.lengths.tolist(), found.cut.astype(int).tolist())
         lines = ["return,length,cut", *(f"{r!r},{n},{cut}" for r, n, cut in rows)]
@@ -134,6 +134,6 @@ def evaluate_run(Actor, args, path: Path, saved: dict) -> None:
         os.environ.setdefault("MUJOCO_GL", "egl" if ctypes.util.find_library("EGL") else "osmesa")
     try:
         found = play(actor, normalize, args, videos)
-    except Exception as problem:  # whatever a foreign environment or its renderer raises
+    except FOREIGN as problem:  # whatever a foreign environment or its renderer raises
         fail(f"--evaluate {path.parent}: {args.env_id} failed: {shown(problem)}", status=1)
     say(summary(args, found) + (f"; videos in {videos}" if videos else ""))

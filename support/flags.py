@@ -12,12 +12,13 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn, get_type_hints
+from typing import Annotated, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import torch
 import tyro
@@ -61,6 +62,7 @@ class JsonObject:
         return False
 
 
+FOREIGN = (Exception, SystemExit)  # what other people's code may raise, an end of the process included
 TINY = 5e-324  # the smallest positive float: where an open interval begins
 HUGE = 1.7e308  # about the largest finite one
 
@@ -163,12 +165,22 @@ class RunFlags(Flags):
 
 def shown(problem: BaseException) -> str:
     """A foreign exception in one line: its type, and its message if it has one."""
-    message = " ".join(str(problem).split())
+    try:
+        message = " ".join(str(problem).split())
+    except Exception:  # foreign, too
+        message = "its message cannot be shown"
     return f"{type(problem).__name__}: {message}" if message else type(problem).__name__
 
 
 def print_anything() -> None:
     """From here on printing replaces characters that the encoding of a terminal or pipe does not have."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: a file of the run would get its number, and with it what is printed
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -177,6 +189,7 @@ def print_anything() -> None:
 def say(message: str, error: bool = False) -> None:
     """Prints a line; a terminal, pipe or log file that is gone does not end a run."""
     stream = sys.stderr if error else sys.stdout
+    message = " ".join(message.split()) if error else message
     try:
         print(message, file=stream, flush=True)
     except UnicodeEncodeError:
@@ -195,8 +208,20 @@ def check_ranges(args: Flags) -> None:
     """Refuses a flag outside of the range that its type names; where that allows None, it may be unset."""
     for flag, kind in get_type_hints(type(args), include_extras=True).items():
         value = getattr(args, flag)
+        check_type(args, flag, getattr(kind, "__origin__", kind) if hasattr(kind, "__metadata__") else kind)
         for allowed in getattr(kind, "__metadata__", ()):
             args.require(flag, value is None or value in allowed, allowed.must)
+
+
+def check_type(args: Flags, flag: str, kind) -> None:
+    """Refuses a value that the command line could not have given: those of a run come from a file."""
+    value = getattr(args, flag)
+    if get_origin(kind) is Literal:
+        args.require(flag, value in get_args(kind), f"be one of {', '.join(get_args(kind))}")
+    elif kind is float:
+        args.require(flag, isinstance(value, (int, float)) and not isinstance(value, bool), "be a number")
+    elif isinstance(kind, type):
+        args.require(flag, type(value) is kind, f"be of type {kind.__name__}")
 
 
 def check_run_flags(args: RunFlags) -> None:
@@ -208,6 +233,8 @@ def check_run_flags(args: RunFlags) -> None:
         args.refuse("eval_episodes", "be at least 1 to evaluate")
     if args.cuda and not torch.cuda.is_available():
         args.refuse("cuda", "be off: torch finds no GPU here")
+    if fixed := {"id", "disable_env_checker"} & args.env_options.keys():
+        args.refuse("env_kwargs", f"not have {', '.join(sorted(fixed))}, which is not the environment's")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         args.refuse("tensorboard", "come with its package: pip install tensorboard")
 
@@ -231,6 +258,9 @@ def translated(words: list[str], Args) -> list[str]:
             word = f"{flag}={whole_number(value)}"
         elif expects is int:
             word = whole_number(word)
+        elif expects is bool and word.lower() in ("true", "false"):  # of the flag before it
+            name = result.pop()[2:].replace("_", "-")
+            word = f"--{name}" if word.lower() == "true" else f"--no-{name}"
         expects = None if equals else kind
         result.append(word)
     return result
@@ -238,7 +268,7 @@ def translated(words: list[str], Args) -> list[str]:
 
 def whole_number(text: str) -> str:
     """1e6 and 2.5e5 as digits; any other text as it is."""
-    if re.fullmatch(r"[+-]?[\d_]+(\.\d*)?[eE]\+?\d{1,2}", text):
+    if re.fullmatch(r"[+-]?\d+(_\d+)*(\.\d*)?[eE]\+?\d{1,2}", text):
         value = float(text)
         return str(int(value)) if value.is_integer() else text
     return text
@@ -254,6 +284,8 @@ def parse_args(Args, description: str, argv: list[str] | None = None):
     except SystemExit as stop:
         if stop.code:
             _title, *body = [line.strip("│╭╮╰╯─ ") for line in complaint.getvalue().splitlines()]
+            body = [line if line.strip("-+|") else "" for line in body]  # rules, where there is no Unicode
+            body = itertools.dropwhile(operator.not_, body)
             fail(" ".join(itertools.takewhile(bool, body)) + " (--help lists all flags)")
         raise
 

@@ -120,6 +120,21 @@ def git_commit(args) -> str:
     return ""
 
 
+def write_whole(path: Path, data: bytes | str) -> None:
+    """Writes a file under another name, to the disk, and renames it: it is whole wherever it is there. A
+    checkpoint that was there before is kept as the previous one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(temporary.unlink, missing_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data.encode("utf-8") if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.name == CHECKPOINT and path.exists():
+            os.replace(path, path.with_name(PREVIOUS))
+        os.replace(temporary, path)
+
+
 def check_runs_dir(runs_dir: str) -> None:
     """Refuses a folder that cannot be made or written."""
     try:
@@ -221,7 +236,8 @@ class Run:
             if cause := raised.__cause__:
                 error = self.folder / "error.txt"
                 with self.storing():
-                    error.write_text("".join(traceback.format_exception(cause)), encoding="utf-8")
+                    text = "".join(traceback.format_exception(cause))
+                    error.write_text(text, encoding="utf-8", errors="replace")
                 message += f": {shown(cause)} (traceback in {error})"
             self.stop(message, raised.status)
         self.close()
@@ -335,23 +351,13 @@ class Run:
             say(f"{self.args.unit} {self.step:>{len(total)},} of {total}  {line}")
 
     def save(self, name: str, content: str | dict) -> None:
-        """Writes a file under another name, then renames it: it is whole wherever it is there."""
-        data = io.BytesIO()
+        """Writes a text, or a dictionary by torch.save, as a file that is whole wherever it is there."""
         if isinstance(content, dict):
+            data = io.BytesIO()
             torch.save(content, data)
-        else:
-            data.write(content.encode("utf-8"))
-        path = self.folder / name
-        temporary = self.folder / f"{name}.tmp"
-        with self.storing(), contextlib.ExitStack() as cleanup:
-            cleanup.callback(temporary.unlink, missing_ok=True)
-            with open(temporary, "wb") as file:
-                file.write(data.getvalue())
-                file.flush()
-                os.fsync(file.fileno())
-            if name == CHECKPOINT and path.exists():
-                os.replace(path, self.folder / PREVIOUS)
-            os.replace(temporary, path)
+            content = data.getvalue()
+        with self.storing():
+            write_whole(self.folder / name, content)
 
     @contextlib.contextmanager
     def storing(self):

@@ -6,13 +6,14 @@ Damaged and foreign files are refused in one line, and what they contain is neve
 import json
 import os
 import shlex
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from support.flags import fail, given_flags, say, script_of, shown
-from support.run_folder import CHECKPOINT, MODEL, PREVIOUS, git_commit, lock_folder, versions
+from support.flags import check_ranges, fail, given_flags, say, script_of, shown
+from support.run_folder import CHECKPOINT, MODEL, PREVIOUS, git_commit, lock_folder, versions, write_whole
 
 
 def load(flag: str, args, *names: str) -> tuple[dict, Path]:
@@ -32,7 +33,7 @@ def load(flag: str, args, *names: str) -> tuple[dict, Path]:
         script, flags, then = own["script"], own["flags"], own["versions"]
         config = own  # a model.pt may be alone
         if flag == "--resume" or os.path.exists(folder / "config.json"):
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            config = read_config(flag, folder, path.name)
         same = without_length(config) == without_length(own)
         if flag == "--resume":
             check_rows(folder, saved["lines"], path.name, hint)
@@ -52,12 +53,22 @@ def load(flag: str, args, *names: str) -> tuple[dict, Path]:
         saved["args"] = type(args)(**config["flags"])
     except TypeError:
         fail(f"{flag} {folder} was begun by a version with other flags: {checkout}")
+    check_ranges(saved["args"])
     now = versions() | {"git_commit": git_commit(args)}
     changed = [f"{name} {then.get(name)} (now {now[name]})" for name in now if now[name] != then.get(name)]
     if changed:
         say(f"note: {folder} was begun with {', '.join(changed)}; results may differ", error=True)
     saved["config"] = config
     return saved, path
+
+
+def read_config(flag: str, folder: Path, saved: str) -> dict:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return config | {"flags": dict(config["flags"])}
+    except (ValueError, TypeError, KeyError) as problem:
+        where = f"what was in it is in {saved}, under 'config'"
+        fail(f"{flag} {folder}: config.json is damaged ({shown(problem)[:80]}): {where}")
 
 
 def without_length(config: dict) -> dict:
@@ -96,32 +107,40 @@ def load_to_resume(args, argv: list[str] | None):
         why = "cannot change on the way, --resume goes on with the flags of the run"
         free = {"resume", "cuda", "track", "tensorboard", "total_timesteps"}
         own = own_flags(args, argv, checkpoint, free, why)
-        if path.name != CHECKPOINT:  # the newer one counts on rows that will now be written again
-            os.replace(path, folder / CHECKPOINT)
-        if own["total_timesteps"] != checkpoint["args"].total_timesteps:
-            make_longer(folder, checkpoint, own["total_timesteps"])
+        if own["total_timesteps"] < (before := checkpoint["args"].total_timesteps):
+            fail(f"--total-timesteps may only grow on the way, from {before:,} on: drop it or raise it")
     except BaseException:
         held.release()
         raise
     args = type(args)(**own | {"resume": str(folder), "runs_dir": str(folder.parent)})
-    return args, checkpoint | {"lock": held}
+    return args, checkpoint | {"lock": held, "path": path}
 
 
-def make_longer(folder: Path, checkpoint: dict, total: int) -> None:
-    """Moves the end of a run, which may have been reached: config.json then has the new one, and what had
-    been evaluated at the old one keeps its numbers under another name."""
-    before = checkpoint["args"].total_timesteps
-    if total < before:
-        fail(f"--total-timesteps may only grow on the way, from {before:,} on: drop it or raise it")
+def go_on(args, checkpoint: dict) -> None:
+    """What changes in the folder of a run that goes on, when all flags have been found right.
+
+    An older checkpoint becomes the last one: the newer one counts on rows that will now be written again. A
+    larger --total-timesteps moves the end of the run, which may have been reached: config.json then has the
+    new one, and what was evaluated at the old one keeps its numbers under another name.
+    """
+    folder = Path(args.resume)
     config = checkpoint["config"]
-    config["flags"]["total_timesteps"] = total
-    temporary = folder / "config.json.tmp"
-    temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / "config.json")
-    if os.path.exists(folder / "evaluation.csv"):
-        os.replace(folder / "evaluation.csv", folder / f"evaluation.{before}.csv")
-    schedule = "with --anneal-lr step sizes fall to 0 there"
-    say(f"note: {folder} now ends at {total:,} steps, not at {before:,}; {schedule}", error=True)
+    before = checkpoint["args"].total_timesteps
+    try:
+        tempfile.TemporaryDirectory(dir=folder).cleanup()
+        if checkpoint["path"].name != CHECKPOINT:
+            os.replace(checkpoint["path"], folder / CHECKPOINT)
+        if args.total_timesteps != before:
+            if os.path.exists(folder / "evaluation.csv"):
+                os.replace(folder / "evaluation.csv", folder / f"evaluation.{before}.csv")
+            config["flags"]["total_timesteps"] = args.total_timesteps
+            write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
+            total = f"{args.total_timesteps:,} steps, not at {before:,}"
+            schedule = "with --anneal-lr step sizes fall to 0 there"
+            say(f"note: {folder} now ends at {total}; {schedule}", error=True)
+    except OSError as problem:
+        reason = problem.strerror or shown(problem)
+        fail(f"--resume {folder} cannot be written ({reason}): make room, or make it writable")
 
 
 def load_to_evaluate(args, argv: list[str] | None):

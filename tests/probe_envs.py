@@ -295,6 +295,51 @@ class Picture(Probe):
         return np.full((84, 84, 3), self.t % 256, np.uint8)
 
 
+class Leaves(Broken):
+    """Ends the process after 200 steps, as if all were well."""
+
+    def observe(self):
+        if np.isnan(super().observe()).any():
+            raise SystemExit(0)
+        return np.array([self.t], np.float32)
+
+
+class Unspeakable(Probe):
+    """Fails with an exception that cannot be shown."""
+
+    def __init__(self):
+        class Mute(Exception):
+            def __str__(self):
+                raise ValueError("no")
+
+        raise Mute
+
+
+class ArrayFlags(Probe):
+    """Says in arrays of one element whether an episode has ended."""
+
+    steps = 3
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        return obs, np.array([reward]), np.array([terminated]), np.array([truncated]), info
+
+
+class Strict(Probe):
+    """Refuses actions that are not in its box, whose bounds single precision does not have."""
+
+    steps = 3
+
+    def __init__(self):
+        super().__init__()
+        self.action_space = gym.spaces.Box(10.1, 30.7, (1,), np.float32)
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.t += 1
+        return self.observe(), 1.0, self.t >= self.steps, False, {}
+
+
 class Options(Probe):
     """Takes an argument: how long its episodes are."""
 
@@ -304,7 +349,23 @@ class Options(Probe):
         self.name = name
 
 
-NEW = (Endless, Texts, Sequences, Silent, Missing, ArrayReward, HugeReward, Wide, Unit, Picture, Options)
+NEW = (
+    Leaves,
+    Unspeakable,
+    ArrayFlags,
+    Strict,
+    Endless,
+    Texts,
+    Sequences,
+    Silent,
+    Missing,
+    ArrayReward,
+    HugeReward,
+    Wide,
+    Unit,
+    Picture,
+    Options,
+)
 for env in (
     *NEW,
     ManyActions,

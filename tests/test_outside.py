@@ -4,6 +4,7 @@ import builtins
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,35 @@ def test_pictures_are_announced(tmp_path, capsys):
     train(ppo, tmp_path, *probe("Picture", "--total-timesteps", 64, "--hidden-size", 1, "--eval-episodes", 0))
     err = capsys.readouterr().err
     assert "(84, 84, 3) are flattened to 21,168 numbers" in err and err.count("\n") == 1
+
+
+def test_an_environment_that_ends_the_process_is_an_error(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train(ppo, tmp_path, *probe("Leaves", "--total-timesteps", 6400))
+    assert stop.value.code == 1 and "SystemExit: 0" in capsys.readouterr().err
+    (tmp_path / "leaving.py").write_text("import sys\nsys.exit(0)\n")
+    env = {"PYTHONPATH": str(tmp_path)}
+    _, err = run(ppo, "--env-id", "leaving:X-v0", "--runs-dir", tmp_path / "none", env=env, status=2)
+    assert "SystemExit: 0" in err and err.count("\n") == 1
+
+
+def test_an_exception_that_cannot_be_shown_has_a_type(capsys):
+    assert "cannot be made: Mute: its message cannot be shown" in refused(ppo, capsys, *probe("Unspeakable"))
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_do_not_write_into_a_run(closed, tmp_path):
+    """A file that is opened gets the number of a closed stream, and what is printed would land in it."""
+    words = [sys.executable, f"{ROOT}/ppo_continuous.py", *PENDULUM, "--runs-dir", tmp_path]
+    longer = ["--total-timesteps", "1000000"]
+    shell = f"{shlex.join(map(str, words + longer))} {closed} & sleep 4; kill -TERM $!; wait $!"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+    assert done.returncode == 143, done
+    (folder,) = tmp_path.iterdir()
+    for name in ("progress.csv", "episodes.csv"):
+        assert all(re.fullmatch(r"[-\w.,]+", line) for line in (folder / name).read_text().splitlines())
+    steps = [row["global_step"] for row in rows(folder / "progress.csv")]
+    assert steps == [64 * (i + 1) for i in range(len(steps))] and len(steps) > 3
 
 
 # Environments without a time limit
@@ -234,6 +264,18 @@ def test_rewards_may_be_arrays_of_one(script, tmp_path):
     assert rows(folder / "evaluation.csv")[0]["return"] == 6
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ends_of_episodes_may_be_arrays_of_one(script, tmp_path):
+    folder = train(script, tmp_path, *probe("ArrayFlags"))
+    assert {(row["return"], row["length"]) for row in rows(folder / "episodes.csv")} == {(3, 3)}
+
+
+def test_rescaled_actions_are_in_the_box(tmp_path):
+    """Also where single precision would leave it by the last digit."""
+    folder = train(ppo, tmp_path, *probe("Strict", "--actor-lr", 0.3, "--no-anneal-lr"))
+    assert len(rows(folder / "progress.csv")) == 10
+
+
 def test_a_model_is_evaluated_without_its_folder(tmp_path, capsys):
     folder = train(blpo, tmp_path / "runs", *PENDULUM)
     capsys.readouterr()
@@ -271,6 +313,10 @@ def test_environments_get_their_arguments(tmp_path, capsys):
     for bad in ("{", "[1]", "3", '"length"', "{'length': 4}"):
         err = refused(ppo, capsys, *probe("Options", "--env-kwargs", bad))
         assert "--env-kwargs must be a JSON object" in err
+    for key in ("id", "disable_env_checker"):
+        assert "--env-kwargs" in refused(
+            ppo, capsys, *probe("Options", "--env-kwargs", json.dumps({key: "x"}))
+        )
     err = refused(ppo, capsys, *probe("Options", "--env-kwargs", '{"width": 3}'))
     assert "TypeError" in err and "width" in err
 
@@ -286,6 +332,7 @@ def test_environments_get_their_arguments(tmp_path, capsys):
         (["--norm_adv=false", "--track=False"], {"norm_adv": False, "track": False}),
         (["--no-norm-adv", "--norm-obs=TRUE"], {"norm_adv": False, "norm_obs": True}),
         (["--actor-lr", "1e-4", "--exp-name", "1e3"], {"actor_lr": 1e-4, "exp_name": "1e3"}),
+        (["--norm-adv", "False", "--anneal-lr", "true"], {"norm_adv": False, "anneal_lr": True}),
     ],
 )
 @pytest.mark.parametrize("script", SCRIPTS + DISCRETE)
@@ -296,10 +343,35 @@ def test_numbers_and_booleans_as_people_write_them(script, words, expected):
 
 
 @pytest.mark.parametrize(
-    "words", [["--total-timesteps", "1.5"], ["--num-envs", "1e-1"], ["--norm-adv=maybe"]]
+    "words",
+    [["--total-timesteps", "1.5"], ["--num-envs", "1e-1"], ["--norm-adv=maybe"], ["--num-envs", "1_e3"]],
 )
 def test_other_numbers_and_booleans_are_refused(words, capsys):
     assert words[0].split("=")[0] in refused(blpo, capsys, *words)
+
+
+def test_an_empty_folder_is_not_no_folder(capsys):
+    """`--resume "$RUN"` with RUN unset does not begin another run."""
+    for flag in ("--resume", "--evaluate"):
+        assert f"{flag} must name the folder of a run" in refused(ppo, capsys, flag, "")
+
+
+def test_a_refused_resume_changes_nothing(tmp_path, capsys, monkeypatch):
+    folder = train(ppo, tmp_path, *PENDULUM)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for more in (["--total-timesteps", "1280", "--cuda"], ["--total-timesteps", "32"]):
+        refused(ppo, capsys, "--resume", folder, *more)
+        refused(ppo, capsys, "--resume", folder / "checkpoint.previous.pt", *more)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    config = json.loads(before["config.json"])
+    for name, value in (("seed", "x"), ("gamma", "0.9"), ("anneal_lr", "no"), ("total_timesteps", 640.5)):
+        wrong = config | {"flags": config["flags"] | {name: value}}
+        (folder / "config.json").write_text(json.dumps(wrong))
+        assert "--" in refused(ppo, capsys, "--resume", folder)
+    for text in ("", "[]", '{"flags": 3}'):
+        (folder / "config.json").write_text(text)
+        assert "config.json is damaged" in refused(ppo, capsys, "--resume", folder)
 
 
 def test_a_finished_run_can_go_on(tmp_path, capsys):
