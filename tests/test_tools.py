@@ -933,3 +933,22 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         capsys, "--results-dir", str(tmp_path / "r"), "--runs-dir", str(tmp_path / "deep"), "--apart=a:1"
     )
     assert status == 2 and "--apart a:1: " in err
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"return,length\n", b"return,length\nx,3\n", b"\xff\xfe\n", b"length\n3\n"]
+)
+def test_a_damaged_evaluation_is_one_line(text, tmp_path):
+    folder = write_run(tmp_path / "runs", "blpo", 1)
+    (folder / "evaluation.csv").write_bytes(text)
+    with pytest.raises(SystemExit) as stop:
+        results.export(tmp_path / "runs", tmp_path / "results")
+    assert str(folder) in stop.value.code and "evaluation.csv is damaged" in stop.value.code
+    assert "\n" not in stop.value.code and not (tmp_path / "results").exists()
+
+
+def test_cut_episodes_of_an_evaluation_are_named(tmp_path, capsys):
+    folder = write_run(tmp_path / "runs", "blpo", 1)
+    (folder / "evaluation.csv").write_text("return,length,cut\n1.0,5,0\n2.0,9,1\n")
+    results.export(tmp_path / "runs", tmp_path / "results")
+    assert f"1 of 2 episodes of the evaluation were cut: {folder.name}" in capsys.readouterr().out

@@ -153,11 +153,18 @@ def export(runs_dir: Path, results_dir: Path) -> None:
     for folder, config in run_folders(runs_dir):
         if is_tabular(config) or not is_finished(folder, proof="evaluation.csv"):
             continue
-        progress = read_csv(folder / "progress.csv")
-        evaluation = read_csv(folder / "evaluation.csv")
+        try:
+            progress = read_csv(folder / "progress.csv")
+            evaluation = read_csv(folder / "evaluation.csv")
+            if not progress or not evaluation:
+                raise ValueError("no rows")
+            row = summary_row(config, progress[-1], evaluation)
+            curve = curve_text(progress)
+        except (ValueError, KeyError) as problem:  # no text, no number, a missing column
+            reason = f"{type(problem).__name__}: {problem}"
+            sys.exit(f"error: {folder}: progress.csv or evaluation.csv is damaged ({reason})")
         if cut := sum(episode.get("cut") == "1" for episode in evaluation):
             print(f"{cut} of {len(evaluation)} episodes of the evaluation were cut: {folder.name}")
-        row = summary_row(config, progress[-1], evaluation)
         same_name = [
             other
             for other in summary.values()
@@ -167,7 +174,7 @@ def export(runs_dir: Path, results_dir: Path) -> None:
             others = f"the runs of that name in {results_dir}"
             sys.exit(f"error: {folder.name} has other flags than {others}: {', '.join(changed)}")
         summary[row["env_id"], row["exp_name"], row["seed"]] = row
-        curves[curve_path(results_dir, row)] = curve_text(progress)
+        curves[curve_path(results_dir, row)] = curve
 
     if not summary:
         return
