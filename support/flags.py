@@ -117,15 +117,14 @@ class RunFlags(Flags):
     env_kwargs: Json = "{}"
     """arguments of the environment, as JSON: '{"is_slippery": false}'"""
     rescale_actions: Literal["auto", "on", "off"] = "auto"
-    """act in [-1, 1] and rescale to the action box: "auto" where a side of the box is far from that, a
-    hundred times as long, a hundredth, or centred elsewhere"""
+    """act in [-1, 1] and rescale to the action box; "auto": where 0 is not in the box, or half of a side not
+    between 0.1 and 10"""
     runs_dir: str = "runs"
     """folder that receives the run folder {env_id}__{exp_name}__{seed}__{unix time}"""
     checkpoint_every: Natural = 0
     """iterations between checkpoints (0: a twentieth of the run)"""
     resume: str = ""
-    """run folder to continue in place from its last checkpoint, with the flags it was started with; a larger
-    --total-timesteps makes it longer"""
+    """run folder to continue from its last checkpoint, with its own flags (--total-timesteps may grow)"""
     evaluate: str = ""
     """run folder, or model.pt of a run, whose policy to evaluate instead of training"""
     eval_episodes: Episodes = 10
