@@ -116,7 +116,7 @@ look_at_environments() { # prints a line for each of $@: the kind of its actions
 import os, sys, gymnasium
 answers = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(2, 1)
-sys.path.append(sys.argv[1])
+sys.path.insert(0, sys.argv[1])
 from support.names import slug
 for env_id in sys.argv[2:]:
     try:

@@ -218,8 +218,6 @@ class Environments:
             problem = f"has actions {found}: name an environment with a {actions.__name__} action space"
         elif actions is gym.spaces.Box and not np.issubdtype(found.dtype, np.floating):
             problem = f"has actions {found}: name an environment with a real-valued Box action space"
-        elif not isinstance(space, gym.spaces.Box):
-            problem = f"has observations {space}, which cannot be flattened: name another environment"
         elif shapes != {space.shape}:
             problem = f"returns observations of shape {shapes.pop()}, not {space.shape} as it says: repair it"
         if problem:

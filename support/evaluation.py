@@ -117,7 +117,7 @@ def finish(run: Run, actor, critic, envs: Environments, args) -> None:
 
 def evaluate_run(Actor, args, path: Path, saved: dict) -> None:
     """--evaluate: the policy of a finished run, or of the last checkpoint. `saved` is what
-    run_folder.evaluated returned, Actor the script's class of policies."""
+    saved.load_to_evaluate returned, Actor the script's class of policies."""
     try:
         weights = saved["actor"]
         actor = Actor(weights["net.0.weight"].shape[1], len(weights["net.4.bias"]), args.hidden_size)

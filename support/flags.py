@@ -172,7 +172,7 @@ def shown(problem: BaseException) -> str:
 
 
 def print_anything() -> None:
-    """From here on printing replaces characters that the encoding of a terminal or pipe does not have."""
+    """From here on printing neither fails, whatever the encoding of a terminal, nor gets into files."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -186,7 +186,7 @@ def print_anything() -> None:
 
 
 def say(message: str, error: bool = False) -> None:
-    """Prints a line; a terminal, pipe or log file that is gone does not end a run."""
+    """Prints a line, errors and notes as one; a terminal, pipe or log file that is gone ends no run."""
     stream = sys.stderr if error else sys.stdout
     message = " ".join(message.split()) if error else message
     try:
@@ -199,15 +199,16 @@ def say(message: str, error: bool = False) -> None:
 
 def fail(message: str, status: int = 2) -> NoReturn:
     """Ends the process with one line on standard error."""
-    say(f"error: {' '.join(message.split())}", error=True)
+    say(f"error: {message}", error=True)
     raise SystemExit(status)
 
 
 def check_ranges(args: Flags) -> None:
     """Refuses a flag outside of the range that its type names; where that allows None, it may be unset."""
+    types = get_type_hints(type(args))
     for flag, kind in get_type_hints(type(args), include_extras=True).items():
         value = getattr(args, flag)
-        check_type(args, flag, getattr(kind, "__origin__", kind) if hasattr(kind, "__metadata__") else kind)
+        check_type(args, flag, types[flag])
         for allowed in getattr(kind, "__metadata__", ()):
             args.require(flag, value is None or value in allowed, allowed.must)
 
@@ -247,22 +248,30 @@ def translated(words: list[str], Args) -> list[str]:
     expects = None  # the type of the value that follows a flag
     for word in words:
         flag, equals, value = word.partition("=")
-        kind = kinds.get(flag[2:].replace("_", "-")) if flag.startswith("--") else None
+        name = flag[2:].replace("_", "-")
+        kind = kinds.get(name) if flag.startswith("--") else None
         if equals and kind is bool:
-            name = flag[2:].replace("_", "-")
-            if value.lower() not in ("true", "false"):
+            if not is_boolean(value):
                 fail(f"--{name} must be true or false where it has a value, got {value!r}")
-            word = f"--{name}" if value.lower() == "true" else f"--no-{name}"
+            word = switch(name, value)
         elif equals and kind is int:
             word = f"{flag}={whole_number(value)}"
         elif expects is int:
             word = whole_number(word)
-        elif expects is bool and word.lower() in ("true", "false"):  # of the flag before it
-            name = result.pop()[2:].replace("_", "-")
-            word = f"--{name}" if word.lower() == "true" else f"--no-{name}"
+        elif expects is bool and is_boolean(word):  # of the flag before it
+            word = switch(result.pop()[2:].replace("_", "-"), word)
         expects = None if equals else kind
         result.append(word)
     return result
+
+
+def is_boolean(text: str) -> bool:
+    return text.lower() in ("true", "false")
+
+
+def switch(name: str, value: str) -> str:
+    """A boolean flag with a value as the flag without one that says the same."""
+    return f"--{name}" if value.lower() == "true" else f"--no-{name}"
 
 
 def whole_number(text: str) -> str:

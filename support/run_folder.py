@@ -120,9 +120,9 @@ def git_commit(args) -> str:
     return ""
 
 
-def write_whole(path: Path, data: bytes | str) -> None:
-    """Writes a file under another name, to the disk, and renames it: it is whole wherever it is there. A
-    checkpoint that was there before is kept as the previous one."""
+def write_whole(path: Path, data: bytes | str, previous: Path | None = None) -> None:
+    """Writes a file under another name, to the disk, and renames it: it is whole wherever it is there. What
+    was there before is kept as `previous`, if that is given."""
     temporary = path.with_name(f"{path.name}.tmp")
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(temporary.unlink, missing_ok=True)
@@ -130,8 +130,8 @@ def write_whole(path: Path, data: bytes | str) -> None:
             file.write(data.encode("utf-8") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
-        if path.name == CHECKPOINT and path.exists():
-            os.replace(path, path.with_name(PREVIOUS))
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
 
 
@@ -196,7 +196,7 @@ class Run:
         self.wandb = None
         self.events = None
         self.last_line = 0.0
-        self.noted = False  # whether it was said that updates are refused
+        self.noted = False  # whether it was said that updates are skipped
         if checkpoint:
             self.folder = Path(args.resume)
             self.lock = checkpoint["lock"]  # which has been held since before it was read
@@ -280,7 +280,7 @@ class Run:
         state = {"iteration": iteration, "step": self.step}
         state |= {"wall": self.wall(), "seconds": dict(self.seconds)}
         state["parts"] = {name: state_of(part) for name, part in self.parts.items()}
-        self.save(CHECKPOINT, state | {"config": self.config, "lines": self.lines})
+        self.save(CHECKPOINT, state | {"config": self.config, "lines": self.lines}, previous=PREVIOUS)
 
     def wall(self) -> float:
         """Seconds of training so far, those before a resume included."""
@@ -350,14 +350,15 @@ class Run:
             total = f"{self.args.total:,}"
             say(f"{self.args.unit} {self.step:>{len(total)},} of {total}  {line}")
 
-    def save(self, name: str, content: str | dict) -> None:
-        """Writes a text, or a dictionary by torch.save, as a file that is whole wherever it is there."""
+    def save(self, name: str, content: str | dict, previous: str = "") -> None:
+        """Writes a text, or a dictionary by torch.save, as a file that is whole wherever it is there. What
+        had its name before is kept under the name `previous`, if that is given."""
         if isinstance(content, dict):
             data = io.BytesIO()
             torch.save(content, data)
             content = data.getvalue()
         with self.storing():
-            write_whole(self.folder / name, content)
+            write_whole(self.folder / name, content, self.folder / previous if previous else None)
 
     @contextlib.contextmanager
     def storing(self):
@@ -411,7 +412,7 @@ class Run:
             script = os.path.relpath(script_of(self.args))
             again = shlex.join([script, "--resume", str(self.folder)])
             message += f"; go on from the last checkpoint: python {again}"
-        say(" ".join(message.split()), error=True)
+        say(message, error=True)
         raise SystemExit(status)
 
     def close(self) -> None:
