@@ -22,6 +22,7 @@ states held fixed. Deliberate deviations from the paper: README.md, "Which hyper
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache, partial  # BLPO:
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -32,7 +33,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from nystrom import Jacobian, gauss_newton_products, loss_hessian_products, solve  # BLPO:
+from jacobian import Adam, Array, Categorical, flatten, jacobian_of, on_device
+from nystrom import gauss_newton_products, loss_hessian_products, namespace, norm, solve
 from support import evaluation
 from support.acting import numpy_policy
 from support.command import start
@@ -137,16 +139,14 @@ def mlp(inputs: int, hidden: int, outputs: int, std: float) -> nn.Sequential:
 class Actor(nn.Module):
     """Categorical policy."""
 
-    def __init__(self, obs_dim: int, action_size: int, hidden: int = 64):
+    def __init__(self, obs_dim: int, action_size: int, hidden: int = 64, device: str = "cpu"):
         super().__init__()
         self.net = mlp(obs_dim, hidden, action_size, std=0.01)  # the logits
+        self.vector = flatten(self, device)  # theta: an array that the parameters are views of
+        self.jacobian = jacobian_of(self.net)
 
-    def log_prob(self, obs, actions):  # (..., obs_dim), (...) -> (...)
-        return self.net(obs).log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
-
-    def entropy(self, obs):  # (..., obs_dim) -> (), the mean
-        logprobs = self.net(obs).log_softmax(-1)
-        return -(logprobs.exp() * logprobs).sum(-1).mean()
+    def policy(self, obs, actions):  # (B, obs_dim), (B,)
+        return Categorical(self.jacobian(obs), actions)
 
     def noise(self, *shape, generator=None):
         """Gumbel noise, (*shape, action_size): the largest of logits + noise is a sample of their softmax."""
@@ -165,9 +165,11 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    def __init__(self, obs_dim: int, hidden: int = 64):
+    def __init__(self, obs_dim: int, hidden: int = 64, device: str = "cpu"):
         super().__init__()
         self.value = mlp(obs_dim, hidden, 1, std=1.0)
+        self.vector = flatten(self, device)  # omega
+        self.jacobian = jacobian_of(self.value)
 
     def forward(self, obs):  # (..., obs_dim) -> (...)
         return self.value(obs).squeeze(-1)
@@ -177,137 +179,137 @@ class Critic(nn.Module):
 
 
 class Batch(NamedTuple):
-    """A rollout of N environments and T steps, or the trajectories of it that make a minibatch."""
+    """B steps: a rollout of N environments, T steps each, or a minibatch of its trajectories."""
 
-    obs: torch.Tensor  # (N, T, obs_dim)
-    actions: torch.Tensor  # (N, T)
-    logprobs: torch.Tensor  # (N, T), under the policy that acted
-    old_advantages: torch.Tensor  # (N, T), under the critic as it was when the iteration began
-    returns: torch.Tensor  # (N, T), the lambda-returns of that critic: the regression targets
+    obs: Array  # (B, obs_dim)
+    actions: Array  # (B,)
+    logprobs: Array  # (B,), under the policy that acted
+    old_advantages: Array  # (B,), under the critic as it was when the iteration began
+    returns: Array  # (B,), the lambda-returns of that critic: the regression targets
     # BLPO: what advantages under another critic take
-    next_obs: torch.Tensor  # (N, T, obs_dim), the true next one, also where an episode ended
-    rewards: torch.Tensor  # (N, T)
-    terminated: torch.Tensor  # (N, T), 1. where the episode terminated (truncation does not count)
-    cut: torch.Tensor  # (N, T), True where next_obs is not the next obs: episode ends and the last step
-    Gamma: torch.Tensor  # (N, T, T), the matrix of gae_matrix
+    rewards: Array  # (B,)
+    discounts: Array  # (B,): gamma, or 0 where the episode terminated (truncation does not count)
+    Gamma: Array  # (M, T, T), the matrix of gae_matrix for each trajectory
+    all_obs: Array  # (n, obs_dim): obs, then the true next ones that are not in obs
+    next_rows: Array  # (B,), the row of all_obs that holds the next observation
 
 
-def gae_matrix(done, gamma: float, gae_lambda: float):
+def gae_matrix(done, gamma: float, gae_lambda: float, dtype=np.float32):
     """Gamma (N, T, T) with entry (t, k) = (gamma lambda)^(k-t) for k >= t in the same episode, else 0: GAE is
     Gamma delta. done (N, T) is true where an episode ended, by termination or truncation."""
-    episode = done.cumsum(1) - done.to(torch.long)  # number of ends before step t
-    steps = torch.arange(done.shape[1], device=done.device)
+    episode = done.cumsum(1) - done  # number of ends before step t
+    steps = np.arange(done.shape[1])
     lag = steps[None, :] - steps[:, None]
-    powers = (gamma * gae_lambda) ** steps.to(torch.get_default_dtype())
-    decay = powers[lag.clamp_min(0)] * (lag >= 0)
+    powers = ((gamma * gae_lambda) ** steps).astype(dtype)
+    decay = powers[lag.clip(0)] * (lag >= 0)
     return decay * (episode[:, :, None] == episode[:, None, :])
 
 
-def stacked_obs(obs, next_obs, cut):
-    """obs (N, T, obs_dim), then next_obs where it is not the next obs: what V is needed at, (n, obs_dim)."""
-    return torch.cat([obs.flatten(0, 1), next_obs[cut]])
+def with_next(obs, next_obs, cut):
+    """all_obs and next_rows of a Batch, from obs and next_obs (B, obs_dim), and cut (B,), which is true where
+    the next observation is not the next row of obs."""
+    xp, B = namespace(obs), len(obs)
+    next_rows = xp.arange(1, B + 1, device=obs.device)
+    next_rows[cut] = xp.arange(B, B + int(cut.sum()), device=obs.device)
+    return xp.concatenate([obs, next_obs[cut]]), next_rows
 
 
-def split_values(stacked, cut):
-    """V(s_t) and V(s'_t), both (N, T), from V at stacked_obs."""
-    values = stacked[: cut.numel()].view_as(cut)
-    return values, values.roll(-1, 1).masked_scatter(cut, stacked[cut.numel() :])
+def along(Gamma, x):
+    """Gamma x of each trajectory: (M, T, T), (B,) -> (B,)."""
+    return (Gamma @ x.reshape(len(Gamma), -1, 1)).reshape(-1)
 
 
-def gae(rewards, values, next_values, terminated, Gamma, gamma: float):
-    """A = Gamma delta, delta = r + gamma (1 - terminated) V(s') - V(s), all (N, T); differentiable in V."""
-    delta = rewards + gamma * (1 - terminated) * next_values - values
-    return (Gamma @ delta.unsqueeze(-1)).squeeze(-1)
+def gae(rewards, values, next_rows, discounts, Gamma):
+    """A = Gamma delta (B,), delta = r + gamma (1 - terminated) V(s') - V(s), from V at all_obs (n,)."""
+    delta = rewards + discounts * values[next_rows] - values[: len(rewards)]
+    return along(Gamma, delta)
 
 
-@torch.no_grad()
 def make_batch(rollout, actor: Actor, critic: Critic, args: Args) -> tuple[Batch, float]:
     """Advantages and targets from the critic as it is now, and the share of their variance it explains."""
-    tensors = [torch.as_tensor(array, device=args.device) for array in rollout]  # they share its memory
-    obs, next_obs, actions, rewards, terminated, done = tensors
-    cut = done.clone()
+    *steps, done = rollout  # each (N, T, ...)
+    cut = done.copy()
     cut[:, -1] = True
-    Gamma = gae_matrix(done, args.gamma, args.gae_lambda)
-    values, next_values = split_values(critic(stacked_obs(obs, next_obs, cut)), cut)
-    advantages = gae(rewards, values, next_values, terminated, Gamma, args.gamma)
-    returns = advantages + values
-    explained_variance = float(1 - (returns - values).var() / returns.var().clamp_min(1e-12))
-    logprobs = actor.log_prob(obs, actions)
-    batch = Batch(obs, actions, logprobs, advantages, returns, next_obs, rewards, terminated, cut, Gamma)
-    return batch, explained_variance
+    Gamma = on_device(gae_matrix(done, args.gamma, args.gae_lambda, steps[0].dtype), args.device)
+    steps = [on_device(x.reshape(-1, *x.shape[2:]), args.device) for x in (*steps, cut)]
+    obs, next_obs, actions, rewards, terminated, cut = steps
+    all_obs, next_rows = with_next(obs, next_obs, cut)
+    values = critic.jacobian(all_obs).outputs[:, 0]
+    discounts = args.gamma * (1 - terminated)
+    advantages = gae(rewards, values, next_rows, discounts, Gamma)
+    returns = advantages + values[: len(obs)]
+    explained_variance = 1 - float(advantages.var() / returns.var().clip(1e-12))
+    logprobs = actor.policy(obs, actions).log_prob
+    known = (rewards, discounts, Gamma, all_obs, next_rows)  # BLPO:
+    return Batch(obs, actions, logprobs, advantages, returns, *known), explained_variance
 
 
-# Losses, and steps along flat gradients
+def trajectories(batch: Batch, chosen: tuple[int, ...]) -> Batch:  # BLPO: next observations move
+    """The chosen trajectories of a rollout as a batch of their own."""
+    T = batch.Gamma.shape[-1]
+    steps = np.concatenate([np.arange(n * T, (n + 1) * T) for n in chosen])
+    rows = batch.next_rows[steps]
+    all_obs, next_rows = with_next(batch.obs[steps], batch.all_obs[rows], rows >= len(batch.obs))
+    return Batch(*(x[steps] for x in batch[:7]), batch.Gamma[list(chosen)], all_obs, next_rows)
+
+
+def minibatches(batch: Batch, args: Args):
+    """Those of all epochs. If they have one trajectory each they are made once, because epochs share them."""
+    made = lru_cache(args.num_minibatches)(partial(trajectories, batch))  # BLPO:
+    for _ in range(args.update_epochs):
+        for chosen in torch.randperm(args.num_envs).chunk(args.num_minibatches):
+            yield made(tuple(chosen.tolist()))
+
+
+# Losses with their derivatives by what a network puts out, and steps along gradients
 
 
 def critic_loss(values, returns):
-    """Mean squared error of the value, without the factor one half."""
-    return (returns - values).square().mean()
+    """Mean squared error of the values (B,), without the factor one half, and its derivative by them (B,)."""
+    error = values - returns
+    return float(error @ error) / len(error), 2 / len(error) * error
 
 
 def policy_loss(ratio, advantages, clip: float):
-    """PPO's clipped surrogate, to be minimised."""
-    return -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
+    """PPO's clipped surrogate, to be minimised, and its derivative by log pi(a|s) (B,), with d ratio = ratio
+    d log pi where the minimum is not the clipped one."""
+    unclipped = ratio * advantages
+    clipped = ratio.clip(1 - clip, 1 + clip) * advantages
+    loss = -float(namespace(ratio).minimum(unclipped, clipped).mean())
+    return loss, (unclipped <= clipped) * unclipped / -len(ratio)
 
 
 def standardized(x):
-    return (x - x.mean()) / (x.std() + 1e-8)
-
-
-def flat(tensors):
-    return torch.cat([t.flatten() for t in tensors])
-
-
-def flat_grad(loss, module: nn.Module):
-    """The gradient of loss by all of module's parameters, (p,). The graph stays until the loss goes."""
-    return flat(torch.autograd.grad(loss, list(module.parameters()), retain_graph=True))
-
-
-class FlatAdam:
-    """Adam on all of module's parameters as one vector, of which they become views: it moves one tensor."""
-
-    def __init__(self, module: nn.Module, lr: float, max_norm: float):
-        self.max_norm = max_norm
-        self.skipped = False  # whether the last step was
-        self.vector = nn.Parameter(flat(module.parameters()).detach())
-        sizes = [p.numel() for p in module.parameters()]
-        for p, view in zip(module.parameters(), self.vector.detach().split(sizes)):
-            p.data = view.view_as(p)
-        self.adam = torch.optim.Adam([self.vector], lr=lr, eps=1e-5, fused=True)
-
-    def step(self, gradient) -> None:
-        """A step along -gradient (p,), clipped in norm. A gradient that is not finite is skipped."""
-        norm = float(gradient.norm())
-        self.skipped = not math.isfinite(norm)
-        if not self.skipped:
-            self.vector.grad = gradient * min(1.0, self.max_norm / (norm + 1e-6))
-            self.adam.step()
+    centred = x - x.mean()
+    return centred / (norm(centred) / math.sqrt(len(x) - 1) + 1e-8)
 
 
 # BLPO: the hypergradient
 
 
-def leader_gradient(J: Jacobian, mb: Batch, ratio, args: Args):
-    """v = grad_omega f (p,): through GAE by autograd, through the critic by its Jacobian. exact: f is minus
+def leader_gradient(J, advantages, mb: Batch, ratio, args: Args):
+    """v = grad_omega f = df/dV J (p,), and df/dV is known in closed form: A is linear in V. exact: f is minus
     the mean lambda-return, A + V. released: f is the surrogate, whose A subtract V, like the authors'."""
-    outputs = J.values.clone().requires_grad_()
-    values, next_values = split_values(outputs, mb.cut)
-    advantages = gae(mb.rewards, values, next_values, mb.terminated, mb.Gamma, args.gamma)
-    if args.hypergradient == "exact":
-        f = -(advantages + values).mean()
-    else:
-        f = policy_loss(ratio.detach(), advantages, args.clip_coef)
-    return J.transposed(torch.autograd.grad(f, outputs)[0])
+    B = len(advantages)
+    by_advantages = namespace(ratio).full_like(ratio, -1 / B)
+    if args.hypergradient == "released":
+        clipped = ratio.clip(1 - args.clip_coef, 1 + args.clip_coef)
+        by_advantages *= namespace(ratio).where(ratio * advantages <= clipped * advantages, ratio, clipped)
+    by_delta = along(mb.Gamma.swapaxes(1, 2), by_advantages)
+    by_values = 0 * J.outputs
+    by_values[:B, 0] = -by_delta - (1 / B if args.hypergradient == "exact" else 0)  # the latter for + V
+    by_values[mb.next_rows, 0] += mb.discounts * by_delta
+    return by_values @ J
 
 
-def curvature(critic: Critic, mb: Batch, J: Jacobian, args: Args):
+def curvature(critic: Critic, mb: Batch, J, args: Args):
     """The map u -> H u: the Hessian of g, or its Gauss-Newton part (2/B) J^T J: no second derivative of V."""
     if args.hessian == "gauss-newton":
-        B = mb.returns.numel()
-        weights = torch.zeros_like(J.values)
-        weights[:B] = 2 / B  # the B observations, not the true next ones that follow them
+        weights = 0 * J.outputs[:, 0]
+        weights[: len(mb.returns)] = 2 / len(mb.returns)  # at the B observations, not at the true next ones
         return gauss_newton_products(J, weights)
-    return loss_hessian_products(critic_loss(critic(mb.obs), mb.returns), critic.parameters())
+    error = torch.as_tensor(mb.returns) - critic(torch.as_tensor(mb.obs))
+    return loss_hessian_products(error.square().mean(), critic.parameters())
 
 
 def solve_ihvp(H, v, args: Args, generator):
@@ -317,39 +319,39 @@ def solve_ihvp(H, v, args: Args, generator):
 
 
 def implicit_weights(Jx, values, advantages, mb: Batch, args: Args):
-    """The a_k (M, T) of the implicit term -grad_theta mean_k rho_k a_k, for the change Jx of V along x.
+    """The a_k (B,) of the implicit term -grad_theta mean_k rho_k a_k, for the change Jx (n, 1) of V along x.
 
     exact: a = -2 c A, with the A of the targets R, makes it minus the cross term.
     released: the authors subtract d/d eps grad_theta L2(theta, omega + eps x), with e = R - V and
     L2 = -2 sum_t min(rho A, clip(rho) A) e: a = 2 T (A w - dA e), dA the change of A along x.
     """
-    w, next_w = split_values(Jx, mb.cut)
+    B = len(advantages)
+    w = Jx[:, 0]
     if args.hypergradient == "exact":
-        c = (mb.Gamma.transpose(1, 2) @ w.unsqueeze(-1)).squeeze(-1)
+        c = along(mb.Gamma.swapaxes(1, 2), w[:B])
         return -2 * c * mb.old_advantages
-    dA = gae(torch.zeros_like(w), w, next_w, mb.terminated, mb.Gamma, args.gamma)
-    return 2 * w.shape[1] * (advantages * w - dA * (mb.returns - values))
+    dA = gae(0 * mb.rewards, w, mb.next_rows, mb.discounts, mb.Gamma)
+    return 2 * args.num_steps * (advantages * w[:B] - dA * (mb.returns - values[:B]))
 
 
-def implicit_loss(ratio, weights, sign, clip: float):
-    """Its gradient is the implicit term, gated like min(rho A, clip(rho) A) for an A of the given sign."""
-    gate = torch.where(sign > 0, ratio < 1 + clip, ratio > 1 - clip)
-    return -(gate * weights * ratio).mean()
+def implicit_derivative(ratio, weights, sign, clip: float):
+    """That of -mean_k rho_k a_k by log pi (B,), gated like min(rho A, clip(rho) A) for an A of this sign."""
+    gate = namespace(ratio).where(sign > 0, ratio < 1 + clip, ratio > 1 - clip)
+    return gate * weights * ratio / -len(ratio)
 
 
 def add_bounded(direct, implicit, bound: float):
     """direct + implicit (p,), the latter shrunk to bound * ||direct||, dropped if not finite; and metrics."""
-    norm = float(direct.norm())
-    implicit_norm = float(implicit.norm())
-    if not math.isfinite(implicit_norm):
+    size, implicit_size = norm(direct), norm(implicit)
+    if not math.isfinite(implicit_size):
         nothing = dict.fromkeys(("implicit_cosine", "implicit_norm_ratio", "implicit_bound_active"), math.nan)
         return direct, {"implicit_dropped": 1.0} | nothing
-    limit = bound * norm if bound < math.inf else math.inf  # 0 * inf is NaN
-    scale = limit / implicit_norm if implicit_norm > limit else 1.0
+    limit = bound * size if bound < math.inf else math.inf  # 0 * inf is NaN
+    scale = limit / implicit_size if implicit_size > limit else 1.0
     return direct + scale * implicit, {
         "implicit_dropped": 0.0,
-        "implicit_cosine": float(direct @ implicit) / max(norm * implicit_norm, 1e-30),
-        "implicit_norm_ratio": implicit_norm / max(norm, 1e-30),
+        "implicit_cosine": float(direct @ implicit) / max(size * implicit_size, 1e-30),
+        "implicit_norm_ratio": implicit_size / max(size, 1e-30),
         "implicit_bound_active": float(scale < 1),
     }
 
@@ -360,16 +362,16 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     iterations = args.total_timesteps // (N * T)
     envs = Environments(args, actions=gym.spaces.Discrete)
     torch.manual_seed(args.seed)
-    actor = Actor(envs.obs_dim, envs.action_size, args.hidden_size).to(args.device)
-    critic = Critic(envs.obs_dim, args.hidden_size).to(args.device)
-    actor_optimizer = FlatAdam(actor, args.actor_lr, args.max_grad_norm)
-    critic_optimizer = FlatAdam(critic, args.critic_lr, args.max_grad_norm)
-    size = len(critic_optimizer.vector)  # BLPO:
+    actor = Actor(envs.obs_dim, envs.action_size, args.hidden_size, args.device)
+    critic = Critic(envs.obs_dim, args.hidden_size, args.device)
+    actor_adam = Adam(actor.vector, args.actor_lr, args.max_grad_norm)
+    critic_adam = Adam(critic.vector, args.critic_lr, args.max_grad_norm)
+    size = len(critic.vector)  # BLPO:
     args.require("nystrom_rank", args.nystrom_rank <= size, f"be at most {size}, the critic's parameters")
 
     # All that the iterations to come depend on: a checkpoint is the state of these
     parts = dict(actor=actor, critic=critic, envs=envs, torch=torch.default_generator)
-    parts |= dict(actor_adam=actor_optimizer.adam, critic_adam=critic_optimizer.adam)
+    parts |= dict(actor_adam=actor_adam, critic_adam=critic_adam)
     parts["sketch"] = torch.Generator(args.device).manual_seed(args.seed)  # BLPO: disturbs no other
 
     # A rollout: N environments, T steps
@@ -386,8 +388,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
             metrics = Metrics()
             if args.anneal_lr:
                 left = 1 - iteration / iterations
-                actor_optimizer.adam.param_groups[0]["lr"] = left * args.actor_lr
-                critic_optimizer.adam.param_groups[0]["lr"] = left * args.critic_lr
+                actor_adam.lr, critic_adam.lr = left * args.actor_lr, left * args.critic_lr
 
             # Rollout. The policy acts in NumPy: PyTorch's cost per call outweighs a few observations
             policy = numpy_policy(actor.net)
@@ -404,56 +405,56 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
             lap("bookkeeping")
 
             # Update
-            for _ in range(args.update_epochs):
-                for chosen in torch.randperm(len(batch.obs)).chunk(args.num_minibatches):
-                    mb = Batch(*(x[chosen] for x in batch))
+            for mb in minibatches(batch, args):
+                # BLPO: 1. nesting: the critic best-responds before the actor moves
+                losses = []
+                for _ in range(args.nested_critic_steps):
+                    J = critic.jacobian(mb.obs)
+                    loss, by_values = critic_loss(J.outputs[:, 0], mb.returns)
+                    critic_adam.step(by_values[:, None] @ J)
+                    losses.append(loss)
+                    metrics.add(skipped_updates=critic_adam.skipped)
+                J = critic.jacobian(mb.all_obs)  # BLPO: for advantages under its best response
+                values = J.outputs[:, 0]
+                advantages = gae(mb.rewards, values, mb.next_rows, mb.discounts, mb.Gamma)
+                lap("critic")
 
-                    # BLPO: 1. nesting: the critic best-responds before the actor moves
-                    losses = []
-                    for _ in range(args.nested_critic_steps):
-                        losses.append(critic_loss(critic(mb.obs), mb.returns))
-                        critic_optimizer.step(flat_grad(losses[-1], critic))
-                        metrics.add(skipped_updates=critic_optimizer.skipped)
-                    # BLPO: the advantages under its best response
-                    J = Jacobian(critic.value, stacked_obs(mb.obs, mb.next_obs, mb.cut))
-                    values, next_values = split_values(J.values, mb.cut)
-                    advantages = gae(mb.rewards, values, next_values, mb.terminated, mb.Gamma, args.gamma)
-                    lap("critic")
+                # The actor's gradient, grad_theta f
+                policy = actor.policy(mb.obs, mb.actions)
+                logratio = policy.log_prob - mb.logprobs
+                ratio = namespace(logratio).exp(logratio)
+                normalized = standardized(advantages) if args.norm_adv else advantages
+                loss, by_logprobs = policy_loss(ratio, normalized, args.clip_coef)
+                loss -= args.ent_coef * policy.entropy()
+                actor_grad = policy.gradient(by_logprobs, entropy=-args.ent_coef)
 
-                    # The actor's gradient: grad_theta f
-                    logratio = actor.log_prob(mb.obs, mb.actions) - mb.logprobs
-                    ratio = logratio.exp()
-                    normalized = standardized(advantages) if args.norm_adv else advantages
-                    loss = policy_loss(ratio, normalized, args.clip_coef)
-                    if args.ent_coef > 0:
-                        loss = loss - args.ent_coef * actor.entropy(mb.obs)
-                    actor_grad = flat_grad(loss, actor)
-
-                    # BLPO: the hypergradient h, along which the actor then steps (5)
-                    if args.ihvp != "none":
-                        lap("actor")
-                        if args.hypergradient == "control":
-                            weights = advantages
-                        else:
-                            v = leader_gradient(J, mb, ratio, args)  # 2
-                            H = curvature(critic, mb, J, args)
-                            x, correction = solve_ihvp(H, v, args, parts["sketch"])  # 3
-                            weights = implicit_weights(J @ x, values, advantages, mb, args)
-                            metrics.add(ihvp_correction=correction)
-                        sign = weights if args.hypergradient == "exact" else advantages
-                        implicit = flat_grad(implicit_loss(ratio, weights, sign, args.implicit_clip), actor)
-                        actor_grad, info = add_bounded(actor_grad, implicit, args.implicit_bound)  # 4
-                        metrics.add(**info)
-                        lap("hypergradient")
-
-                    actor_optimizer.step(actor_grad)
-                    metrics.add(skipped_updates=actor_optimizer.skipped)
-                    metrics.add(critic_loss=losses[0], critic_loss_nested=critic_loss(values, mb.returns))
-                    metrics.add(policy_loss=loss, approx_kl=(ratio - 1 - logratio).mean())
-                    metrics.add(clip_fraction=((ratio - 1).abs() > args.clip_coef).float().mean())
+                # BLPO: the hypergradient h, along which the actor then steps (5)
+                if args.ihvp != "none":
                     lap("actor")
+                    if args.hypergradient == "control":
+                        weights = advantages
+                    else:
+                        v = leader_gradient(J, advantages, mb, ratio, args)  # 2
+                        H = curvature(critic, mb, J, args)
+                        x, correction = solve_ihvp(H, v, args, parts["sketch"])  # 3
+                        weights = implicit_weights(J @ x, values, advantages, mb, args)
+                        metrics.add(ihvp_correction=correction)
+                    sign = weights if args.hypergradient == "exact" else advantages
+                    implicit = policy.gradient(implicit_derivative(ratio, weights, sign, args.implicit_clip))
+                    actor_grad, info = add_bounded(actor_grad, implicit, args.implicit_bound)  # 4
+                    metrics.add(**info)
+                    lap("hypergradient")
 
-            metrics.add(entropy=actor.entropy(batch.obs), explained_variance=explained_variance)
+                actor_adam.step(actor_grad)
+                metrics.add(skipped_updates=actor_adam.skipped)
+                nested_loss = critic_loss(values[: len(ratio)], mb.returns)[0]
+                metrics.add(critic_loss=losses[0], critic_loss_nested=nested_loss)
+                metrics.add(policy_loss=loss, approx_kl=(ratio - 1 - logratio).mean())
+                metrics.add(clip_fraction=(abs(ratio - 1) > args.clip_coef).sum() / len(ratio))
+                lap("actor")
+
+            metrics.add(entropy=actor.policy(batch.obs, batch.actions).entropy())
+            metrics.add(explained_variance=explained_variance)
             evaluated = evaluation.during_training(run, iteration, actor, envs, args)
             run.log_means(envs.steps, envs.statistics(), metrics, evaluated)
         evaluation.finish(run, actor, critic, envs, args)

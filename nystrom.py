@@ -1,6 +1,7 @@
 """Inverse-Hessian-vector products (IHVP): x = (H + rho I)^{-1} v for the Hessian H of any PyTorch loss.
 
-Everything works on flat vectors, in the order in which torch.nn.utils.parameters_to_vector ravels parameters:
+Everything works on flat vectors, in the order in which torch.nn.utils.parameters_to_vector ravels parameters.
+Vectors may be NumPy's arrays as well as PyTorch's tensors, and what comes out is of the same kind:
 
     loss = ((targets - model(inputs)) ** 2).mean()
     v = torch.randn(sum(p.numel() for p in model.parameters()))
@@ -24,7 +25,6 @@ dropped, in float64, so that H_q is positive semidefinite and ||x|| <= ||v|| / r
 """
 
 import math
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -36,13 +36,43 @@ class NotFinite(ValueError):
     """v, or the products with H, are not finite: there is no x."""
 
 
+# Arrays of NumPy or PyTorch
+
+def namespace(x):
+    """The module whose functions take x: numpy, or torch."""
+    return np if isinstance(x, np.ndarray) else torch
+
+
+def like(tensor, x):
+    """The tensor as x is: a NumPy array or a tensor."""
+    return tensor.numpy() if isinstance(x, np.ndarray) else tensor
+
+
+def norm(v) -> float:
+    """||v||, as float(v @ v) can tell it: 0 or inf where squares underflow or overflow."""
+    return math.sqrt(float(v @ v))
+
+
 # The matrix H, known by its products
+
+
+def gauss_newton_products(J, weights):
+    """The map u -> J^T diag(weights) J u for u of shape (p,) or (p, q), where J has one output (K = 1) at n
+    inputs and weights are (n,)."""
+    column = weights[:, None]
+
+    def product(u):
+        if u.ndim == 2:
+            return namespace(u).stack([product(column) for column in u.T], 1)
+        return (column * (J @ u)) @ J
+
+    return product
 
 
 def hessian_products(grad_fn, w):
     """The map u -> H(w) u for u of shape (p,), or (p, q) in one batch, by double backward.
 
-    grad_fn maps a flat w (p,) that requires grad to the flat gradient (p,), differentiably
+    grad_fn maps a flat tensor w (p,) that requires grad to the flat gradient (p,), differentiably
     (`create_graph=True`).
     """
     w = w.detach().requires_grad_()
@@ -62,12 +92,12 @@ def _derivative_products(gradient, parameters):
     p = len(gradient)
     optional = dict(retain_graph=True, allow_unused=True)  # None for parameters in which the loss is linear
 
-    def product(u):
-        if len(u) != p or u.ndim > 2:
-            raise ValueError(f"u must have shape ({p},) or ({p}, q), got {tuple(u.shape)}")
-        u = u.detach()
+    def product(vectors):
+        if len(vectors) != p or vectors.ndim > 2:
+            raise ValueError(f"u must have shape ({p},) or ({p}, q), got {tuple(vectors.shape)}")
+        u = torch.as_tensor(vectors).detach()
         if not gradient.requires_grad:  # the loss is linear
-            return torch.zeros_like(u)
+            return like(torch.zeros_like(u), vectors)
         if u.ndim == 1:
             parts = torch.autograd.grad(gradient, parameters, u, **optional)
         else:
@@ -76,68 +106,7 @@ def _derivative_products(gradient, parameters):
         rows = []
         for w, part in zip(parameters, parts):
             rows.append(u.new_zeros(q, w.numel()) if part is None else part.reshape(q, w.numel()))
-        return torch.cat(rows, 1).T.reshape(u.shape)
-
-    return product
-
-
-class Jacobian:
-    """J (n, p): derivatives of the n outputs of a net by its parameters. The net is a torch.nn.Sequential of
-    Linear layers and activations with one output unit; inputs (n, ...); its outputs are `values` (n,).
-
-    For a layer y = W a + b the derivatives are dV_i/dW = g_i a_i^T and dV_i/db = g_i with g_i = dV_i/dy_i,
-    which one backward pass gives for all n. Products with J and its transpose then are a few matrix products
-    without autograd. The backward pass is made when the first of them asks for it, so that whoever needs only
-    the values pays for no more.
-    """
-
-    def __init__(self, net, inputs):
-        self.inputs_of_layers = []  # a (n, in) of each linear layer
-        self.outputs_of_layers = []  # y (n, out)
-        y = inputs
-        for layer in net:
-            a = y.detach()
-            y = layer(y)
-            if isinstance(layer, torch.nn.Linear):
-                self.inputs_of_layers.append(a)
-                self.outputs_of_layers.append(y)
-        self.output = y
-        self.values = y.detach().squeeze(-1)
-
-    @cached_property
-    def layers(self):
-        """a (n, in) and g (n, out) of each linear layer."""
-        derivatives = torch.autograd.grad(self.output.sum(), self.outputs_of_layers)
-        return list(zip(self.inputs_of_layers, derivatives))
-
-    @cached_property
-    def sizes(self):
-        """Of weight and bias of each linear layer, in the order of the parameters."""
-        return [size for a, g in self.layers for size in (g.shape[1] * a.shape[1], g.shape[1])]
-
-    def __matmul__(self, u):
-        """J u: (p,) -> (n,)"""
-        parts = iter(u.split(self.sizes))
-        total = 0
-        for a, g in self.layers:
-            W = next(parts).view(-1, a.shape[1])
-            b = next(parts)
-            total = total + (torch.addmm(b, a, W.T) * g).sum(1)
-        return total
-
-    def transposed(self, s):
-        """J^T s: (n,) -> (p,)"""
-        weighted = [(a, s[:, None] * g) for a, g in self.layers]
-        return torch.cat([part.flatten() for a, g in weighted for part in (g.T @ a, g.sum(0))])
-
-
-def gauss_newton_products(J, weights):
-    """The map u -> J^T diag(weights) J u for u of shape (p,) or (p, q); J has n rows, weights are (n,)."""
-
-    def product(u):
-        if u.ndim == 2:
-            return torch.stack([product(column) for column in u.T], 1)
-        return J.transposed(weights * (J @ u))
+        return like(torch.cat(rows, 1).T.reshape(u.shape), vectors)
 
     return product
 
@@ -146,38 +115,45 @@ def gauss_newton_products(J, weights):
 
 
 def sketch_matrix(kind, v, rank, generator=None):
-    """Omega (p, rank) of every sketch but "krylov", which needs H; columns have about unit length."""
-    like = dict(dtype=v.dtype, device=v.device)
+    """Omega (p, rank) of every sketch but "krylov", which needs H; columns have about unit length. The
+    generator is PyTorch's, on v's device."""
+    known = torch.as_tensor(v)
+    options = dict(dtype=known.dtype, device=known.device)
     if kind == "columns":
-        omega = torch.zeros(len(v), rank, **like)
-        omega[torch.randperm(len(v), generator=generator, device=v.device)[:rank], torch.arange(rank)] = 1
-        return omega
-    omega = torch.randn(len(v), rank, generator=generator, **like) / math.sqrt(len(v))
+        omega = torch.zeros(len(v), rank, **options)
+        rows = torch.randperm(len(v), generator=generator, device=known.device)[:rank]
+        omega[rows, torch.arange(rank)] = 1
+        return like(omega, v)
+    omega = torch.randn(len(v), rank, generator=generator, **options) / math.sqrt(len(v))
     if kind == "v-gaussian" and rank > 0:
-        omega[:, 0] = _unit(v)
-    return omega
+        omega[:, 0] = torch.as_tensor(_unit(v))
+    return like(omega, v)
 
 
 def krylov_sketch(product, v, rank):
     """Omega, an orthonormal basis of v, Hv, ..., H^(rank-1) v, and Y = H Omega, (p, rank) or narrower."""
-    omega = v.new_zeros(rank, len(v))  # rows, contiguous, until they are returned
-    Y = v.new_zeros(rank, len(v))
+    xp = namespace(v)
+    omega = []  # rows
+    Y = []
+    size_of_Y = 0.0
     for j in range(rank):
         if j == 0:
             direction = _unit(v)
         else:
-            direction = Y[j - 1]
-            basis = omega[:j]
+            direction = Y[-1]
+            basis = xp.stack(omega)
             for _ in range(2):  # Gram-Schmidt, twice is enough
                 direction = direction - (basis @ direction) @ basis
-            norm = float(direction.norm())
-            noise = torch.finfo(v.dtype).eps * float(Y.double().norm())
-            if not norm > 100 * noise:  # H maps the basis into itself: all is there
-                return basis.T, Y[:j].T
-            direction = direction / norm
-        omega[j] = direction
-        Y[j] = product(direction)
-    return omega.T, Y.T
+            size = _norm(direction)
+            if not size > 100 * xp.finfo(v.dtype).eps * size_of_Y:  # H maps the basis into itself
+                break
+            direction = direction / size
+        omega.append(direction)
+        Y.append(product(direction))
+        size_of_Y = math.hypot(size_of_Y, _norm(Y[-1]))
+    if not Y:
+        return v[:, None][:, :0], v[:, None][:, :0]
+    return xp.stack(omega).T, xp.stack(Y).T
 
 
 def make_sketch(kind, product, v, rank, generator=None):
@@ -205,29 +181,32 @@ def nystrom_solve(Y, omega, v, rho):
     / ||v / rho|| and "rank", the directions kept. Raises NotFinite where v or Y is not finite.
     """
     v, scale = _checked(v, rho)
+    xp = namespace(v)
     if Y.shape != omega.shape or Y.ndim != 2 or len(Y) != len(v):
         shapes = f"{tuple(Y.shape)} and {tuple(omega.shape)}"
         raise ValueError(f"Y and omega must both have shape ({len(v)}, q), got {shapes}")
     q = Y.shape[1]
     if scale == 0 or q == 0:
         return v / rho, {"correction": 0.0, "rank": 0}
-    scaled = v / scale  # a tiny float32 v must not underflow when it is squared
-    rows = torch.cat([omega.T, Y.T, scaled[None]]).detach().double()
-    products = (rows[q:-1] @ rows.T).cpu().numpy()  # Y^T Omega, Y^T Y and Y^T v: what follows is q x q
-    if not np.isfinite(products).all():
+    scaled = v[None] / scale  # a tiny float32 v must not underflow when it is squared
+    rows = _double(xp.concatenate([omega.T, Y.T, scaled]))
+    products = _numpy(rows[q:] @ rows.T)  # what follows is q x q
+    if not math.isfinite(products.sum()):
         raise NotFinite("Y must be finite; the Hessian-vector products overflowed")
-    M = products[:, :q]
-    YY = products[:, q:-1]
-    Yv = products[:, -1]
+    M = products[:-1, :q]  # Y^T Omega
+    YY = products[:-1, q:-1]
+    Yv = products[:-1, -1]
     eigenvalues, U = np.linalg.eigh((M + M.T) / 2)
-    keep = eigenvalues > 10 * torch.finfo(Y.dtype).eps * float(rows[:q].norm() * rows[q:-1].norm())
+    size = norm(rows[:q].reshape(-1)) * math.sqrt(np.trace(YY))  # ||Omega|| ||Y||
+    keep = eigenvalues > 10 * float(xp.finfo(Y.dtype).eps) * size
     U = U[:, keep] / np.sqrt(eigenvalues[keep])  # H_q = F F^T with F = Y U
     # Woodbury: (F F^T + rho I)^{-1} v = (v - F (rho I + F^T F)^{-1} F^T v) / rho, with F^T F = W diag(d) W^T
     d, W = np.linalg.eigh(U.T @ YY @ U)
     small = U @ (W @ (W.T @ (U.T @ Yv) / (rho + d.clip(0))))
-    change = torch.from_numpy(small).to(v.device) @ rows[q:-1]
-    x = (scaled - change) * (scale / rho)
-    return x.to(v.dtype), {"correction": float(change.norm() / scaled.norm()), "rank": U.shape[1]}
+    change = xp.asarray(small, device=rows.device) @ rows[q:-1]
+    x = (rows[-1] - change) * (scale / rho)
+    correction = math.sqrt(max(0.0, small @ YY @ small) / products[-1, -1])  # ||change|| / ||v||
+    return xp.asarray(x, dtype=v.dtype), {"correction": correction, "rank": U.shape[1]}
 
 
 def nystrom_ihvp(product, v, rank=3, rho=50.0, sketch="krylov", generator=None):
@@ -256,8 +235,8 @@ def cg_ihvp(product, v, rho=50.0, max_iters=50, tol=1e-5, preconditioner=None):
     if scale == 0:
         return v / rho, {"correction": 0.0, "residual": 0.0, "iterations": 0, "stopped": "tolerance"}
     unit = _unit(v)
-    norm_v = scale * float((v / scale).norm())  # no underflow
-    x = torch.zeros_like(v)
+    norm_v = scale * norm(v / scale)  # no underflow
+    x = 0 * v
     r = unit  # by recurrence, which drifts away from the true residual
     residual = 1.0  # the true one, when it was last measured
     iterations = 0
@@ -268,7 +247,7 @@ def cg_ihvp(product, v, rho=50.0, max_iters=50, tol=1e-5, preconditioner=None):
         z = r if preconditioner is None else preconditioner(r)
         rz = r @ z
         direction = z
-        while iterations < max_iters and float(r.norm()) > tol:
+        while iterations < max_iters and norm(r) > tol:
             image = product(direction) + rho * direction
             curvature = float(direction @ image)
             if not math.isfinite(curvature):
@@ -286,7 +265,7 @@ def cg_ihvp(product, v, rho=50.0, max_iters=50, tol=1e-5, preconditioner=None):
         if iterations == 0:
             x = unit / rho
         r = unit - product(x) - rho * x
-        measured = float(r.norm())
+        measured = norm(r)
         if begun and measured > residual / 2:
             stopped = stopped or "precision"
         if begun and measured > residual:
@@ -298,7 +277,7 @@ def cg_ihvp(product, v, rho=50.0, max_iters=50, tol=1e-5, preconditioner=None):
         elif iterations >= max_iters:
             stopped = stopped or "iterations"
     return x * norm_v, {
-        "correction": float((rho * x - unit).norm()),
+        "correction": norm(rho * x - unit),
         "residual": residual,
         "iterations": iterations,
         "stopped": stopped,
@@ -324,7 +303,7 @@ def solve(method, product, v, rank=2, rho=50.0, sketch="krylov", cg_iters=50, ge
         else:
             raise ValueError(f"method must be nystrom, cg or pcg, got {method!r}")
     except NotFinite:
-        return torch.full_like(v, math.nan), math.nan
+        return math.nan * v, math.nan
     return x, info["correction"]
 
 
@@ -332,15 +311,15 @@ def _vector(v):
     """v, if it is what a solver can take, without its history: nothing here is differentiable in v."""
     if v.ndim != 1 or len(v) == 0:
         raise ValueError(f"v must be a flat vector, not empty, got shape {tuple(v.shape)}")
-    if v.dtype not in (torch.float32, torch.float64):
+    if v.dtype not in (namespace(v).float32, namespace(v).float64):
         raise ValueError(f"v must be float32 or float64, got {v.dtype}: convert it, and what multiplies H")
-    return v.detach()
+    return v.detach() if isinstance(v, torch.Tensor) else v
 
 
 def _checked(v, rho):
     """v without its history, and the largest |v_i|."""
     v = _vector(v)
-    scale = float(v.abs().max())
+    scale = float(abs(v).max())
     if not math.isfinite(scale):
         raise NotFinite("v must be a flat vector of finite numbers")
     if not 0 < rho < math.inf:
@@ -348,7 +327,19 @@ def _checked(v, rho):
     return v, scale
 
 
+def _double(x):
+    return x.astype(np.float64) if isinstance(x, np.ndarray) else x.double()
+
+
+def _numpy(x):
+    return x if isinstance(x, np.ndarray) else x.cpu().numpy()
+
+
+def _norm(v) -> float:
+    """||v||, where float32 would underflow or overflow."""
+    return norm(_double(v))
+
+
 def _unit(v):
-    tiny = torch.finfo(v.dtype).tiny
-    scaled = v / v.abs().max().clamp_min(tiny)  # a tiny float32 v would underflow in the norm
-    return scaled / scaled.norm().clamp_min(tiny)
+    """v / ||v||; 0 if v is."""
+    return v / max(_norm(v), float(namespace(v).finfo(v.dtype).tiny))

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from jacobian import Adam, Array, Gaussian, flatten, jacobian_of, on_device
+from nystrom import namespace, norm
 from support import evaluation
 from support.acting import numpy_policy
 from support.command import start
@@ -112,18 +114,15 @@ def mlp(inputs: int, hidden: int, outputs: int, std: float) -> nn.Sequential:
 class Actor(nn.Module):
     """Gaussian policy with a state-independent standard deviation."""
 
-    def __init__(self, obs_dim: int, action_size: int, hidden: int = 64):
+    def __init__(self, obs_dim: int, action_size: int, hidden: int = 64, device: str = "cpu"):
         super().__init__()
-        self.net = mlp(obs_dim, hidden, action_size, std=0.01)  # the mean
         self.log_std = nn.Parameter(torch.zeros(action_size))
+        self.net = mlp(obs_dim, hidden, action_size, std=0.01)  # the mean
+        self.vector = flatten(self, device)  # theta, log_std first: an array that the parameters are views of
+        self.jacobian = jacobian_of(self.net)
 
-    def log_prob(self, obs, actions):  # (..., obs_dim), (..., action_size) -> (...)
-        z = (actions - self.net(obs)) * torch.exp(-self.log_std)
-        log_root = 0.5 * math.log(2 * math.pi) * len(self.log_std)
-        return -0.5 * z.square().sum(-1) - self.log_std.sum() - log_root
-
-    def entropy(self, obs):  # (..., obs_dim) -> ()
-        return self.log_std.sum() + 0.5 * math.log(2 * math.pi * math.e) * len(self.log_std)
+    def policy(self, obs, actions):  # (B, obs_dim), (B, action_size)
+        return Gaussian(self.jacobian(obs), self.vector[: len(self.log_std)], actions)
 
     def noise(self, *shape, generator=None):
         """What makes the mean a sample, (*shape, action_size)."""
@@ -142,9 +141,11 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    def __init__(self, obs_dim: int, hidden: int = 64):
+    def __init__(self, obs_dim: int, hidden: int = 64, device: str = "cpu"):
         super().__init__()
         self.value = mlp(obs_dim, hidden, 1, std=1.0)
+        self.vector = flatten(self, device)  # omega
+        self.jacobian = jacobian_of(self.value)
 
     def forward(self, obs):  # (..., obs_dim) -> (...)
         return self.value(obs).squeeze(-1)
@@ -154,117 +155,110 @@ class Critic(nn.Module):
 
 
 class Batch(NamedTuple):
-    """A rollout of N environments and T steps; (N * T, ...), not (N, T, ...), if minibatches are of steps."""
+    """B steps: a rollout of N environments, T steps each, or a minibatch of them."""
 
-    obs: torch.Tensor  # (N, T, obs_dim)
-    actions: torch.Tensor  # (N, T, action_size)
-    logprobs: torch.Tensor  # (N, T), under the policy that acted
-    old_advantages: torch.Tensor  # (N, T), under the critic as it was when the iteration began
-    returns: torch.Tensor  # (N, T), the lambda-returns of that critic: the regression targets
+    obs: Array  # (B, obs_dim)
+    actions: Array  # (B, action_size)
+    logprobs: Array  # (B,), under the policy that acted
+    old_advantages: Array  # (B,), under the critic as it was when the iteration began
+    returns: Array  # (B,), the lambda-returns of that critic: the regression targets
 
 
-def gae_matrix(done, gamma: float, gae_lambda: float):
+def gae_matrix(done, gamma: float, gae_lambda: float, dtype=np.float32):
     """Gamma (N, T, T) with entry (t, k) = (gamma lambda)^(k-t) for k >= t in the same episode, else 0: GAE is
     Gamma delta. done (N, T) is true where an episode ended, by termination or truncation."""
-    episode = done.cumsum(1) - done.to(torch.long)  # number of ends before step t
-    steps = torch.arange(done.shape[1], device=done.device)
+    episode = done.cumsum(1) - done  # number of ends before step t
+    steps = np.arange(done.shape[1])
     lag = steps[None, :] - steps[:, None]
-    powers = (gamma * gae_lambda) ** steps.to(torch.get_default_dtype())
-    decay = powers[lag.clamp_min(0)] * (lag >= 0)
+    powers = ((gamma * gae_lambda) ** steps).astype(dtype)
+    decay = powers[lag.clip(0)] * (lag >= 0)
     return decay * (episode[:, :, None] == episode[:, None, :])
 
 
-def stacked_obs(obs, next_obs, cut):
-    """obs (N, T, obs_dim), then next_obs where it is not the next obs: what V is needed at, (n, obs_dim)."""
-    return torch.cat([obs.flatten(0, 1), next_obs[cut]])
+def with_next(obs, next_obs, cut):
+    """all_obs and next_rows of a Batch, from obs and next_obs (B, obs_dim), and cut (B,), which is true where
+    the next observation is not the next row of obs."""
+    xp, B = namespace(obs), len(obs)
+    next_rows = xp.arange(1, B + 1, device=obs.device)
+    next_rows[cut] = xp.arange(B, B + int(cut.sum()), device=obs.device)
+    return xp.concatenate([obs, next_obs[cut]]), next_rows
 
 
-def split_values(stacked, cut):
-    """V(s_t) and V(s'_t), both (N, T), from V at stacked_obs."""
-    values = stacked[: cut.numel()].view_as(cut)
-    return values, values.roll(-1, 1).masked_scatter(cut, stacked[cut.numel() :])
+def along(Gamma, x):
+    """Gamma x of each trajectory: (M, T, T), (B,) -> (B,)."""
+    return (Gamma @ x.reshape(len(Gamma), -1, 1)).reshape(-1)
 
 
-def gae(rewards, values, next_values, terminated, Gamma, gamma: float):
-    """A = Gamma delta, delta = r + gamma (1 - terminated) V(s') - V(s), all (N, T); differentiable in V."""
-    delta = rewards + gamma * (1 - terminated) * next_values - values
-    return (Gamma @ delta.unsqueeze(-1)).squeeze(-1)
+def gae(rewards, values, next_rows, discounts, Gamma):
+    """A = Gamma delta (B,), delta = r + gamma (1 - terminated) V(s') - V(s), from V at all_obs (n,)."""
+    delta = rewards + discounts * values[next_rows] - values[: len(rewards)]
+    return along(Gamma, delta)
 
 
-@torch.no_grad()
 def make_batch(rollout, actor: Actor, critic: Critic, args: Args) -> tuple[Batch, float]:
     """Advantages and targets from the critic as it is now, and the share of their variance it explains."""
-    tensors = [torch.as_tensor(array, device=args.device) for array in rollout]  # they share its memory
-    obs, next_obs, actions, rewards, terminated, done = tensors
-    cut = done.clone()
+    *steps, done = rollout  # each (N, T, ...)
+    cut = done.copy()
     cut[:, -1] = True
-    Gamma = gae_matrix(done, args.gamma, args.gae_lambda)
-    values, next_values = split_values(critic(stacked_obs(obs, next_obs, cut)), cut)
-    advantages = gae(rewards, values, next_values, terminated, Gamma, args.gamma)
-    returns = advantages + values
-    explained_variance = float(1 - (returns - values).var() / returns.var().clamp_min(1e-12))
-    logprobs = actor.log_prob(obs, actions)
-    batch = Batch(obs, actions, logprobs, advantages, returns)
+    Gamma = on_device(gae_matrix(done, args.gamma, args.gae_lambda, steps[0].dtype), args.device)
+    steps = [on_device(x.reshape(-1, *x.shape[2:]), args.device) for x in (*steps, cut)]
+    obs, next_obs, actions, rewards, terminated, cut = steps
+    all_obs, next_rows = with_next(obs, next_obs, cut)
+    values = critic.jacobian(all_obs).outputs[:, 0]
+    discounts = args.gamma * (1 - terminated)
+    advantages = gae(rewards, values, next_rows, discounts, Gamma)
+    returns = advantages + values[: len(obs)]
+    explained_variance = 1 - float(advantages.var() / returns.var().clip(1e-12))
+    logprobs = actor.policy(obs, actions).log_prob
+    return Batch(obs, actions, logprobs, advantages, returns), explained_variance
+
+
+def minibatches(batch: Batch, args: Args):
+    """Those of all epochs."""
+    samples = np.arange(len(batch.obs)).reshape(args.num_envs, -1)
     if not args.trajectory_minibatches:
-        batch = Batch(*(x.flatten(0, 1) for x in batch))
-    return batch, explained_variance
+        samples = samples.reshape(-1, 1)
+    for _ in range(args.update_epochs):
+        for chosen in torch.randperm(len(samples)).chunk(args.num_minibatches):
+            steps = samples[chosen].flatten()
+            yield Batch(*(x[steps] for x in batch))
 
 
-# Losses, and steps along flat gradients
+# Losses with their derivatives by what a network puts out, and steps along gradients
 
 
 def critic_loss(values, returns):
-    """Mean squared error of the value, without the factor one half."""
-    return (returns - values).square().mean()
+    """Mean squared error of the values (B,), without the factor one half, and its derivative by them (B,)."""
+    error = values - returns
+    return float(error @ error) / len(error), 2 / len(error) * error
 
 
 def value_loss(values, mb: Batch, args: Args):
-    """vf_coef / 2 times critic_loss; with --clip-vloss that of values near the old ones, where larger."""
-    error = critic_loss(values, mb.returns)
+    """vf_coef / 2 times the mean squared error, and its derivative by the values (B,). With --clip-vloss the
+    error of a value held near the old one counts where it is larger."""
+    error = values - mb.returns
+    moves = 1.0  # d error / d value
     if args.clip_vloss:
-        old_values = mb.returns - mb.old_advantages
-        near_old = old_values + (values - old_values).clamp(-args.clip_coef, args.clip_coef)
-        error = torch.max((mb.returns - values).square(), (mb.returns - near_old).square()).mean()
-    return args.vf_coef * 0.5 * error
+        change = values - (mb.returns - mb.old_advantages)  # of the value, since the iteration began
+        held = error - change + change.clip(-args.clip_coef, args.clip_coef)
+        clipped = abs(held) > abs(error)
+        error = namespace(error).where(clipped, held, error)
+        moves = ~(clipped & (abs(change) > args.clip_coef))
+    return args.vf_coef * 0.5 * float(error @ error) / len(error), args.vf_coef / len(error) * error * moves
 
 
 def policy_loss(ratio, advantages, clip: float):
-    """PPO's clipped surrogate, to be minimised."""
-    return -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
+    """PPO's clipped surrogate, to be minimised, and its derivative by log pi(a|s) (B,), with d ratio = ratio
+    d log pi where the minimum is not the clipped one."""
+    unclipped = ratio * advantages
+    clipped = ratio.clip(1 - clip, 1 + clip) * advantages
+    loss = -float(namespace(ratio).minimum(unclipped, clipped).mean())
+    return loss, (unclipped <= clipped) * unclipped / -len(ratio)
 
 
 def standardized(x):
-    return (x - x.mean()) / (x.std() + 1e-8)
-
-
-def flat(tensors):
-    return torch.cat([t.flatten() for t in tensors])
-
-
-def flat_grad(loss, module: nn.Module):
-    """The gradient of loss by all of module's parameters, (p,). The graph stays until the loss goes."""
-    return flat(torch.autograd.grad(loss, list(module.parameters()), retain_graph=True))
-
-
-class FlatAdam:
-    """Adam on all of module's parameters as one vector, of which they become views: it moves one tensor."""
-
-    def __init__(self, module: nn.Module, lr: float, max_norm: float):
-        self.max_norm = max_norm
-        self.skipped = False  # whether the last step was
-        self.vector = nn.Parameter(flat(module.parameters()).detach())
-        sizes = [p.numel() for p in module.parameters()]
-        for p, view in zip(module.parameters(), self.vector.detach().split(sizes)):
-            p.data = view.view_as(p)
-        self.adam = torch.optim.Adam([self.vector], lr=lr, eps=1e-5, fused=True)
-
-    def step(self, gradient) -> None:
-        """A step along -gradient (p,), clipped in norm. A gradient that is not finite is skipped."""
-        norm = float(gradient.norm())
-        self.skipped = not math.isfinite(norm)
-        if not self.skipped:
-            self.vector.grad = gradient * min(1.0, self.max_norm / (norm + 1e-6))
-            self.adam.step()
+    centred = x - x.mean()
+    return centred / (norm(centred) / math.sqrt(len(x) - 1) + 1e-8)
 
 
 def train(args: Args, checkpoint: dict | None = None) -> Path:
@@ -273,14 +267,14 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     iterations = args.total_timesteps // (N * T)
     envs = Environments(args, actions=gym.spaces.Box)
     torch.manual_seed(args.seed)
-    actor = Actor(envs.obs_dim, envs.action_size, args.hidden_size).to(args.device)
-    critic = Critic(envs.obs_dim, args.hidden_size).to(args.device)
-    actor_optimizer = FlatAdam(actor, args.actor_lr, args.max_grad_norm)
-    critic_optimizer = FlatAdam(critic, args.critic_lr, args.max_grad_norm)
+    actor = Actor(envs.obs_dim, envs.action_size, args.hidden_size, args.device)
+    critic = Critic(envs.obs_dim, args.hidden_size, args.device)
+    actor_adam = Adam(actor.vector, args.actor_lr, args.max_grad_norm)
+    critic_adam = Adam(critic.vector, args.critic_lr, args.max_grad_norm)
 
     # All that the iterations to come depend on: a checkpoint is the state of these
     parts = dict(actor=actor, critic=critic, envs=envs, torch=torch.default_generator)
-    parts |= dict(actor_adam=actor_optimizer.adam, critic_adam=critic_optimizer.adam)
+    parts |= dict(actor_adam=actor_adam, critic_adam=critic_adam)
 
     # A rollout: N environments, T steps
     obs, next_obs = np.zeros((2, N, T, envs.obs_dim), np.float32)
@@ -296,8 +290,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
             metrics = Metrics()
             if args.anneal_lr:
                 left = 1 - iteration / iterations
-                actor_optimizer.adam.param_groups[0]["lr"] = left * args.actor_lr
-                critic_optimizer.adam.param_groups[0]["lr"] = left * args.critic_lr
+                actor_adam.lr, critic_adam.lr = left * args.actor_lr, left * args.critic_lr
 
             # Rollout. The policy acts in NumPy: PyTorch's cost per call outweighs a few observations
             policy = numpy_policy(actor.net)
@@ -314,38 +307,38 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
             lap("bookkeeping")
 
             # Update
-            for _ in range(args.update_epochs):
-                for chosen in torch.randperm(len(batch.obs)).chunk(args.num_minibatches):
-                    mb = Batch(*(x[chosen] for x in batch))
+            for mb in minibatches(batch, args):
+                # The critic's gradient
+                J = critic.jacobian(mb.obs)
+                values = J.outputs[:, 0]
+                _, by_values = value_loss(values, mb, args)
+                critic_grad = by_values[:, None] @ J
+                lap("critic")
 
-                    # The critic's gradient
-                    values = critic(mb.obs)
-                    critic_grad = flat_grad(value_loss(values, mb, args), critic)
-                    lap("critic")
+                # The actor's gradient, grad_theta f
+                policy = actor.policy(mb.obs, mb.actions)
+                logratio = policy.log_prob - mb.logprobs
+                ratio = namespace(logratio).exp(logratio)
+                normalized = standardized(mb.old_advantages) if args.norm_adv else mb.old_advantages
+                loss, by_logprobs = policy_loss(ratio, normalized, args.clip_coef)
+                loss -= args.ent_coef * policy.entropy()
+                actor_grad = policy.gradient(by_logprobs, entropy=-args.ent_coef)
 
-                    # The actor's gradient
-                    logratio = actor.log_prob(mb.obs, mb.actions) - mb.logprobs
-                    ratio = logratio.exp()
-                    normalized = standardized(mb.old_advantages) if args.norm_adv else mb.old_advantages
-                    loss = policy_loss(ratio, normalized, args.clip_coef)
-                    if args.ent_coef > 0:
-                        loss = loss - args.ent_coef * actor.entropy(mb.obs)
-                    actor_grad = flat_grad(loss, actor)
+                if args.joint_grad_clip:
+                    size = math.hypot(norm(actor_grad), norm(critic_grad))
+                    shrink = min(1.0, args.max_grad_norm / (size + 1e-6))
+                    actor_grad, critic_grad = shrink * actor_grad, shrink * critic_grad
+                critic_adam.step(critic_grad)
+                metrics.add(skipped_updates=critic_adam.skipped)
+                actor_adam.step(actor_grad)
+                metrics.add(skipped_updates=actor_adam.skipped)
+                metrics.add(critic_loss=critic_loss(values, mb.returns)[0])
+                metrics.add(policy_loss=loss, approx_kl=(ratio - 1 - logratio).mean())
+                metrics.add(clip_fraction=(abs(ratio - 1) > args.clip_coef).sum() / len(ratio))
+                lap("actor")
 
-                    if args.joint_grad_clip:
-                        norm = torch.cat([actor_grad, critic_grad]).norm()
-                        shrink = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1)
-                        actor_grad, critic_grad = shrink * actor_grad, shrink * critic_grad
-                    critic_optimizer.step(critic_grad)
-                    metrics.add(skipped_updates=critic_optimizer.skipped)
-                    actor_optimizer.step(actor_grad)
-                    metrics.add(skipped_updates=actor_optimizer.skipped)
-                    metrics.add(critic_loss=critic_loss(values, mb.returns))
-                    metrics.add(policy_loss=loss, approx_kl=(ratio - 1 - logratio).mean())
-                    metrics.add(clip_fraction=((ratio - 1).abs() > args.clip_coef).float().mean())
-                    lap("actor")
-
-            metrics.add(entropy=actor.entropy(batch.obs), explained_variance=explained_variance)
+            metrics.add(entropy=actor.policy(batch.obs, batch.actions).entropy())
+            metrics.add(explained_variance=explained_variance)
             evaluated = evaluation.during_training(run, iteration, actor, envs, args)
             run.log_means(envs.steps, envs.statistics(), metrics, evaluated)
         evaluation.finish(run, actor, critic, envs, args)

@@ -71,7 +71,7 @@ def recorded_run(script, tmp_path, *flags):
         networks = copy.deepcopy(actor), copy.deepcopy(critic)
         arrays = Rollout(*map(np.copy, rollout))
         batch, explained_variance = make_batch(rollout, actor, critic, args)
-        kept = type(batch)(*(x.clone() for x in batch))
+        kept = type(batch)(*map(np.copy, batch))
         iterations.append(Iteration(arrays, *networks, args, kept, explained_variance, []))
         return batch, explained_variance
 

@@ -13,9 +13,10 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector
 
 import blpo_continuous as blpo
 import blpo_discrete
+import jacobian
 import ppo_continuous as ppo
 import ppo_discrete
-from tests.test_rollout import advantages_by_recursion, is_discrete, policy, recorded_run, rows
+from tests.test_rollout import advantages_by_recursion, is_discrete, main, policy, recorded_run, rows
 
 PPO = [ppo, ppo_discrete]
 BLPO = [blpo, blpo_discrete]
@@ -400,3 +401,61 @@ def assert_all_matters(met):
         assert sometimes(met[name]), name
     if "ihvp_correction" in met:
         assert min(met["ihvp_correction"]) > 0.2
+
+
+# What a researcher may change, and where it runs
+
+FEW = ["--num-envs", 4, "--num-steps", 32, "--num-minibatches", 4, "--update-epochs", 2, "--hidden-size", 5]
+FEW += ["--total-timesteps", 512, "--eval-episodes", 0, "--norm-obs", "--norm-reward", "--ent-coef", 0.01]
+RELEASED = ["--hypergradient", "released", "--nystrom-sketch", "columns", "--hessian", "full"]
+PPO_MODES = [[], ["--trajectory-minibatches", "--no-clip-vloss", "--no-joint-grad-clip"]]
+BLPO_MODES = [[], RELEASED, ["--ihvp", "cg"], ["--ihvp", "pcg", "--nystrom-sketch", "gaussian"]]
+BLPO_MODES += [["--hypergradient", "control"], ["--ihvp", "none"]]
+MODES = [(script, flags) for script in PPO for flags in PPO_MODES]
+MODES += [(script, flags) for script in BLPO for flags in BLPO_MODES]
+
+
+def assert_alike(one, other):
+    """The rows of two runs' progress.csv, clocks apart."""
+    assert len(one) == len(other) > 1
+    for row, expected in zip(one, other):
+        for name, value in expected.items():
+            if not name.startswith(("wall", "sps", "seconds")):
+                assert row[name] == pytest.approx(value, rel=1e-3, abs=1e-4, nan_ok=True), name
+
+
+@pytest.mark.parametrize("script, flags", MODES)
+def test_tensors_do_what_arrays_do(script, flags, tmp_path, monkeypatch):
+    """The path of a GPU, PyTorch's tensors in place of NumPy's arrays, taken here on the CPU."""
+    arrays = rows(main(script, tmp_path, *FEW, *flags) / "progress.csv")
+    kinds = set()
+
+    def as_tensor(tensor):
+        kinds.add(type(tensor.detach()))
+        return tensor.detach()
+
+    monkeypatch.setattr(jacobian, "as_array", as_tensor)
+    tensors = rows(main(script, tmp_path, *FEW, *flags) / "progress.csv")
+    assert kinds == {torch.Tensor}
+    assert_alike(tensors, arrays)
+
+
+@pytest.mark.parametrize("script", PPO + BLPO)
+def test_any_network_may_take_the_place_of_mlp(script, tmp_path, monkeypatch):
+    """A network of other layers trains by changing `mlp` alone; the same one does what it did before."""
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, *sizes, **options):
+            super().__init__()
+            self.inside = mlp(*sizes, **options)
+
+        def forward(self, x):
+            return self.inside(x)
+
+        def __getitem__(self, i):
+            return self.inside[i]
+
+    mlp = script.mlp
+    written_out = rows(main(script, tmp_path, *FEW) / "progress.csv")
+    monkeypatch.setattr(script, "mlp", Wrapped)
+    assert_alike(rows(main(script, tmp_path, *FEW) / "progress.csv"), written_out)

@@ -9,7 +9,6 @@ float64 whatever the solver used, and the milliseconds of a solve in float32 (on
 repetitions, products included).
 """
 
-import copy
 import csv
 import json
 import shutil
@@ -25,12 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 
 import support  # noqa: F401  before torch, because it sets the number of threads
 
+import numpy as np
 import torch
 import tyro
 
 import blpo_continuous
 import blpo_discrete
-from nystrom import cg_ihvp, make_sketch, nystrom_ihvp, nystrom_solve
+from nystrom import cg_ihvp, make_sketch, norm, nystrom_ihvp, nystrom_solve
 
 SCRIPTS = {"blpo_continuous.py": blpo_continuous, "blpo_discrete.py": blpo_discrete}
 BUDGETS = {
@@ -64,7 +64,8 @@ class Moment(NamedTuple):
 
     critic: torch.nn.Module
     mb: NamedTuple  # the script's Batch
-    ratio: torch.Tensor  # (M, T)
+    advantages: np.ndarray  # (B,)
+    ratio: np.ndarray  # (B,)
     args: object  # the run's flags
 
 
@@ -75,12 +76,12 @@ def moments(run: Path, count: int):
     leader_gradient = script.leader_gradient
     curvature = script.curvature
 
-    def see_ratio(J, mb, ratio, args):
-        taken.append(ratio.detach())
-        return leader_gradient(J, mb, ratio, args)
+    def see_ratio(J, advantages, mb, ratio, args):
+        taken.append((advantages, ratio))
+        return leader_gradient(J, advantages, mb, ratio, args)
 
     def see_critic(critic, mb, J, args):
-        taken[-1] = Moment(copy.deepcopy(critic), mb, taken[-1], args)
+        taken[-1] = Moment(like(script, critic, np.float32), mb, *taken[-1], args)
         if len(taken) == count:
             raise Enough
         return curvature(critic, mb, J, args)
@@ -99,17 +100,31 @@ def moments(run: Path, count: int):
     return script, taken
 
 
+def like(script, critic, dtype):
+    """A critic of its own with the same parameters, in another precision."""
+    first = critic.value[0]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if dtype == np.float64 else torch.float32)
+    try:
+        other = script.Critic(first.in_features, first.out_features)
+    finally:
+        torch.set_default_dtype(before)
+    other.load_state_dict(critic.state_dict())
+    return other
+
+
 def doubled(script, moment: Moment) -> Moment:
     """The same in float64."""
-    mb = script.Batch(*(x.double() if x.is_floating_point() else x for x in moment.mb))
-    return Moment(copy.deepcopy(moment.critic).double(), mb, moment.ratio.double(), moment.args)
+    critic, mb, advantages, ratio, args = moment
+    mb = script.Batch(*(x.astype(float) if x.dtype == np.float32 else x for x in mb))
+    return Moment(like(script, critic, np.float64), mb, advantages.astype(float), ratio.astype(float), args)
 
 
 def system(script, moment: Moment, hessian: str):
     """The map u -> H u, by products of the kind `hessian`, and v (p,), by the script's own functions."""
-    critic, mb, ratio, args = moment
-    J = script.Jacobian(critic.value, script.stacked_obs(mb.obs, mb.next_obs, mb.cut))
-    v = script.leader_gradient(J, mb, ratio, args)
+    critic, mb, advantages, ratio, args = moment
+    J = critic.jacobian(mb.all_obs)
+    v = script.leader_gradient(J, advantages, mb, ratio, args)
     return script.curvature(critic, mb, J, replace(args, hessian=hessian)), v
 
 
@@ -124,8 +139,8 @@ def misfit(run: Path) -> bool:
 
 def setup_ms(script, moment: Moment, hessian: str, repeat: int) -> float:
     """Milliseconds of what comes before the first product, beyond the Jacobian, which v needs anyway."""
-    critic, mb, _, args = moment
-    J = script.Jacobian(critic.value, script.stacked_obs(mb.obs, mb.next_obs, mb.cut))
+    critic, mb, _, _, args = moment
+    J = critic.jacobian(mb.all_obs)
     spent = []
     for _ in range(repeat):
         begin = time.perf_counter()
@@ -152,9 +167,9 @@ class System(NamedTuple):
     """One linear system, as a solver gets it and exactly."""
 
     product: object
-    v: torch.Tensor
+    v: np.ndarray  # (p,)
     exact_product: object  # with the whole Hessian, in float64
-    exact_v: torch.Tensor
+    exact_v: np.ndarray  # (p,)
 
 
 @dataclass
@@ -174,10 +189,10 @@ class Case:
         for i, (product, v, exact_product, exact_v) in enumerate(self.systems):
             generator = torch.Generator().manual_seed(i)
             begin = time.perf_counter()
-            x = solve(self.solver, product, v, self.budget, self.rho, generator).double()
+            x = solve(self.solver, product, v, self.budget, self.rho, generator).astype(float)
             self.spent.append(1e3 * (time.perf_counter() - begin))
             rest = exact_product(x) + self.rho * x - exact_v
-            residuals.append(float(rest.norm() / exact_v.norm()))
+            residuals.append(norm(rest) / norm(exact_v))
         self.row["residual"] = f"{statistics.mean(residuals):.4g}"
         self.row["ms"] = round(self.setup + statistics.median(self.spent), 3)
 
