@@ -198,10 +198,10 @@ def gae_matrix(done, gamma: float, gae_lambda: float, dtype=np.float32):
     """Gamma (N, T, T) with entry (t, k) = (gamma lambda)^(k-t) for k >= t in the same episode, else 0: GAE is
     Gamma delta. done (N, T) is true where an episode ended, by termination or truncation."""
     episode = done.cumsum(1) - done  # number of ends before step t
-    steps = np.arange(done.shape[1])
-    lag = steps[None, :] - steps[:, None]
-    powers = ((gamma * gae_lambda) ** steps).astype(dtype)
-    decay = powers[lag.clip(0)] * (lag >= 0)
+    T = done.shape[1]
+    powers = ((gamma * gae_lambda) ** np.arange(T)).astype(dtype)
+    padded = np.concatenate([np.zeros(T - 1, dtype), powers])
+    decay = np.lib.stride_tricks.sliding_window_view(padded, T)[::-1]  # (T, T): powers[k - t], a view
     return decay * (episode[:, :, None] == episode[:, None, :])
 
 
