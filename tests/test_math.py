@@ -283,7 +283,7 @@ def test_jacobian_products_equal_autograd(sizes, made, kind):
     assert torch.allclose(torch.as_tensor(gradient), s.flatten() @ dense, rtol=1e-12, atol=1e-12)
 
 
-def test_other_networks_are_differentiated_by_torch():
+def test_other_networks_are_differentiated_and_act_by_torch():
     for net in (
         torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1)),
         torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1, bias=False)),
@@ -292,6 +292,7 @@ def test_other_networks_are_differentiated_by_torch():
         x = torch.randn(5, 3)
         J = jacobian_of(net)(x.numpy())
         assert isinstance(J, ModuleJacobian)
+        assert np.allclose(numpy_policy(net)(x.numpy()), net(x).detach(), rtol=1e-12, atol=1e-14)
         s = np.ones((5, 1))
         expected = flat(torch.autograd.grad(net(x).sum(), net.parameters()))
         assert np.allclose(s @ J, expected, rtol=1e-12, atol=1e-12)
