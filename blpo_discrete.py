@@ -419,7 +419,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 advantages = gae(mb.rewards, values, mb.next_rows, mb.discounts, mb.Gamma)
                 lap("critic")
 
-                # The actor's gradient, grad_theta f
+                # The actor's gradient
                 policy = actor.policy(mb.obs, mb.actions)
                 logratio = policy.log_prob - mb.logprobs
                 ratio = namespace(logratio).exp(logratio)

@@ -21,6 +21,7 @@ from torch import nn
 from torch.func import functional_call, jvp, vjp
 
 from nystrom import like, namespace, norm
+from support.acting import linear_layers
 
 Array = np.ndarray | torch.Tensor
 
@@ -53,11 +54,10 @@ def jacobian_of(net: nn.Module):
     """The map from inputs (n, ...) to the net's Jacobian there. It is written out for a torch.nn.Sequential
     of Linear layers with Tanh between them, whose parameters may change but must stay where they are in
     memory, and made by torch.func for any other module."""
-    kinds = [type(layer) for layer in net] if isinstance(net, nn.Sequential) else []
-    mlp = [nn.Linear, nn.Tanh] * (len(kinds) // 2) + [nn.Linear]
-    if kinds != mlp or any(layer.bias is None for layer in net[::2]):
+    layers = linear_layers(net)
+    if layers is None:
         return partial(ModuleJacobian, net)
-    return partial(MLPJacobian, [(as_array(layer.weight), as_array(layer.bias)) for layer in net[::2]])
+    return partial(MLPJacobian, [(as_array(layer.weight), as_array(layer.bias)) for layer in layers])
 
 
 class MLPJacobian:

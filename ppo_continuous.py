@@ -315,7 +315,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 critic_grad = by_values[:, None] @ J
                 lap("critic")
 
-                # The actor's gradient, grad_theta f
+                # The actor's gradient
                 policy = actor.policy(mb.obs, mb.actions)
                 logratio = policy.log_prob - mb.logprobs
                 ratio = namespace(logratio).exp(logratio)

@@ -9,6 +9,7 @@ float64 whatever the solver used, and the milliseconds of a solve in float32 (on
 repetitions, products included).
 """
 
+import copy
 import csv
 import json
 import shutil
@@ -30,6 +31,7 @@ import tyro
 
 import blpo_continuous
 import blpo_discrete
+from jacobian import flatten, jacobian_of
 from nystrom import cg_ihvp, make_sketch, norm, nystrom_ihvp, nystrom_solve
 
 SCRIPTS = {"blpo_continuous.py": blpo_continuous, "blpo_discrete.py": blpo_discrete}
@@ -81,7 +83,7 @@ def moments(run: Path, count: int):
         return leader_gradient(J, advantages, mb, ratio, args)
 
     def see_critic(critic, mb, J, args):
-        taken[-1] = Moment(like(script, critic, np.float32), mb, *taken[-1], args)
+        taken[-1] = Moment(in_precision(critic, torch.float32), mb, *taken[-1], args)
         if len(taken) == count:
             raise Enough
         return curvature(critic, mb, J, args)
@@ -100,16 +102,11 @@ def moments(run: Path, count: int):
     return script, taken
 
 
-def like(script, critic, dtype):
-    """A critic of its own with the same parameters, in another precision."""
-    first = critic.value[0]
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64 if dtype == np.float64 else torch.float32)
-    try:
-        other = script.Critic(first.in_features, first.out_features)
-    finally:
-        torch.set_default_dtype(before)
-    other.load_state_dict(critic.state_dict())
+def in_precision(critic, dtype):
+    """A copy of a critic, with arrays of its own."""
+    other = copy.deepcopy(critic).to(dtype)
+    other.vector = flatten(other)
+    other.jacobian = jacobian_of(other.value)
     return other
 
 
@@ -117,7 +114,8 @@ def doubled(script, moment: Moment) -> Moment:
     """The same in float64."""
     critic, mb, advantages, ratio, args = moment
     mb = script.Batch(*(x.astype(float) if x.dtype == np.float32 else x for x in mb))
-    return Moment(like(script, critic, np.float64), mb, advantages.astype(float), ratio.astype(float), args)
+    critic = in_precision(critic, torch.float64)
+    return Moment(critic, mb, advantages.astype(float), ratio.astype(float), args)
 
 
 def system(script, moment: Moment, hessian: str):
