@@ -23,8 +23,12 @@ mkdir -p "$work/state" "$work/spool"
 cleanup() {
     kill $(jobs -p) 2> /dev/null || true
     wait
-    [[ ! -e $work/munged.pid ]] || kill "$(cat "$work/munged.pid")" 2> /dev/null || true
-    rm -rf "$work"
+    pkill -F "$work/munged.pid" 2> /dev/null || true
+    # munged saves its seed while it ends, and what Slurm started ends after it: the folder empties in a moment
+    for ((i = 0; i < 100; i++)); do
+        if rm -rf "$work" 2> /dev/null; then break; fi
+        sleep 0.1
+    done
 }
 trap cleanup EXIT
 cat > "$work/slurm.conf" << CONF

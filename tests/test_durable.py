@@ -424,7 +424,7 @@ def test_disk_full(tmp_path):
     ends as ever."""
     run = f"{sys.executable} {ROOT}/ppo_continuous.py"
     script = f"""
-        mount -t tmpfs -o size=700k none {tmp_path}/disk || exit 77
+        mount -t tmpfs -o size=250k none {tmp_path}/disk || exit 77
         {run} {" ".join(map(str, SMALL))} --runs-dir {tmp_path}/disk
         echo status $?
         mount -o remount,size=10m {tmp_path}/disk

@@ -38,3 +38,22 @@ def test_other_models_are_left_alone():
     assert looks_for_islands(make_env(Args(env_id="Pusher-v5")))  # its steps would differ
     changed = make_env(Args(env_id="Hopper-v5", env_kwargs='{"frame_skip": 2}'))
     assert looks_for_islands(changed)
+
+
+def clock_runs(env) -> bool:
+    """Whether MuJoCo measures how long its steps take."""
+    env.reset(seed=0)
+    env.step(env.action_space.sample())
+    return env.unwrapped.data.timer[mujoco.mjtTimer.mjTIMER_STEP].duration > 0
+
+
+@pytest.mark.skipif(not mujoco.__version__.startswith("3.3."), reason="newer ones keep their clock")
+def test_mujocos_clock_is_stopped_but_not_a_users():
+    assert clock_runs(gym.make("Hopper-v5"))
+    assert not clock_runs(make_env(Args(env_id="Hopper-v5")))
+    mujoco.set_mjcb_time(lambda: 2.0)
+    try:
+        make_env(Args(env_id="Hopper-v5"))
+        assert mujoco.get_mjcb_time()() == 2.0
+    finally:
+        mujoco.set_mjcb_time(None)
