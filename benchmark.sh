@@ -91,20 +91,21 @@ method_command() { # sets script and method_flags for method $1 and $2 (continuo
     method_flags=()
     case $1 in
         blpo) ;;
-        blpo-released | control) method_flags=(--hypergradient "${1#blpo-}") ;;
+        blpo-released | control | mean-c) method_flags=(--hypergradient "${1#blpo-}") ;;
         blpo-cg | blpo-pcg) method_flags=(--ihvp "${1#blpo-}") ;;
-        nested) method_flags=(--ihvp none) ;;
+        nested | nested-clip0.5) method_flags=(--ihvp none) ;;
         ppo) script=ppo_$2.py ;; # CleanRL's details and flags
-        ppo-matched)
+        ppo-matched | ppo-matched-clip0.5)
             script=ppo_$2.py
             method_flags=("${matched[@]}")
             [[ $2 == discrete ]] || method_flags+=("${matched_rollouts[@]}")
             ;;
         *)
-            local known="ppo, ppo-matched, nested, control, blpo, blpo-released, blpo-cg and blpo-pcg"
-            fail "METHODS knows $known, not $1"
+            local known="ppo, ppo-matched, nested, control, mean-c, blpo, blpo-released, blpo-cg, blpo-pcg,"
+            fail "METHODS knows $known nested-clip0.5 and ppo-matched-clip0.5, not $1"
             ;;
     esac
+    if [[ $1 == *-clip0.5 ]]; then method_flags+=(--clip-coef 0.5); fi # as in BLPO's implicit term
 }
 
 # Jobs: a job is an index into the arrays job_envs, job_kinds, job_methods, job_seeds and job_names

@@ -15,8 +15,8 @@ policy gradient, with w_k = grad V(s_k) . x and c_k = sum_{t <= k, same episode}
 
     (grad^2_theta,omega g) x = -(2/B) sum_k c_k A_k grad_theta log pi(a_k | s_k),
 
-and costs one backward pass through the actor. tests/test_math.py proves it, with the distribution of visited
-states held fixed. Deliberate deviations from the paper: README.md, "Which hypergradient?".
+and costs one product with the actor's Jacobian. tests/test_math.py proves it, with the distribution of
+visited states held fixed. Deliberate deviations from the paper: README.md, "Which hypergradient?".
 `diff ppo_discrete.py blpo_discrete.py` is the method: what it adds is marked `# BLPO:`.
 """
 
@@ -87,9 +87,9 @@ class Args(RunFlags):
     """critic steps per actor step, K_omega"""
     ihvp: Literal["nystrom", "cg", "pcg", "none"] = "nystrom"
     """solver of step 3; "pcg" is CG preconditioned by the Nystrom sketch, "none" is nesting only"""
-    hypergradient: Literal["exact", "released", "control"] = "exact"
-    """"exact": the total derivative, with the distribution of visited states held fixed; "released": as in
-    the authors' code; "control": the plain advantage in place of the implicit weights"""
+    hypergradient: Literal["exact", "mean-c", "released", "control"] = "exact"
+    """"exact": the total derivative, with the distribution of visited states held fixed; "mean-c": every c_k
+    replaced by their mean; "released": as in the authors' code; "control": plain advantages as weights"""
     nystrom_rank: Natural = 2
     """Hessian-vector products in the sketch"""
     nystrom_rho: Positive = 50.0
@@ -297,7 +297,7 @@ def leader_gradient(J, advantages, mb: Batch, ratio, args: Args):
         by_advantages *= namespace(ratio).where(ratio * advantages <= clipped * advantages, ratio, clipped)
     by_delta = along(mb.Gamma.swapaxes(1, 2), by_advantages)
     by_values = 0 * J.outputs
-    by_values[:B, 0] = -by_delta - (1 / B if args.hypergradient == "exact" else 0)  # the latter for + V
+    by_values[:B, 0] = -by_delta - (0 if args.hypergradient == "released" else 1 / B)  # the latter for + V
     by_values[mb.next_rows, 0] += mb.discounts * by_delta
     return by_values @ J
 
@@ -321,17 +321,17 @@ def solve_ihvp(H, v, args: Args, generator):
 def implicit_weights(Jx, values, advantages, mb: Batch, args: Args):
     """The a_k (B,) of the implicit term -grad_theta mean_k rho_k a_k, for the change Jx (n, 1) of V along x.
 
-    exact: a = -2 c A, with the A of the targets R, makes it minus the cross term.
-    released: the authors subtract d/d eps grad_theta L2(theta, omega + eps x), with e = R - V and
+    exact: a = -2 c A, with the A of the targets R, makes it minus the cross term; mean-c: the mean of all c
+    in place of each. released: the authors subtract d/d eps grad_theta L2(theta, omega + eps x), e = R - V,
     L2 = -2 sum_t min(rho A, clip(rho) A) e: a = 2 T (A w - dA e), dA the change of A along x.
     """
     B = len(advantages)
     w = Jx[:, 0]
-    if args.hypergradient == "exact":
-        c = along(mb.Gamma.swapaxes(1, 2), w[:B])
-        return -2 * c * mb.old_advantages
-    dA = gae(0 * mb.rewards, w, mb.next_rows, mb.discounts, mb.Gamma)
-    return 2 * args.num_steps * (advantages * w[:B] - dA * (mb.returns - values[:B]))
+    if args.hypergradient == "released":
+        dA = gae(0 * mb.rewards, w, mb.next_rows, mb.discounts, mb.Gamma)
+        return 2 * args.num_steps * (advantages * w[:B] - dA * (mb.returns - values[:B]))
+    c = along(mb.Gamma.swapaxes(1, 2), w[:B])
+    return -2 * (c.mean() if args.hypergradient == "mean-c" else c) * mb.old_advantages
 
 
 def implicit_derivative(ratio, weights, sign, clip: float):
@@ -387,7 +387,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
         for iteration in run.iterations():  # begins at the checkpoint, if any, and writes the next ones
             metrics = Metrics()
             if args.anneal_lr:
-                left = 1 - iteration / iterations
+                left = 1 - iteration / ((args.anneal_timesteps or args.total_timesteps) // (N * T))
                 actor_adam.lr, critic_adam.lr = left * args.actor_lr, left * args.critic_lr
 
             # Rollout. The policy acts in NumPy: PyTorch's cost per call outweighs a few observations
@@ -439,7 +439,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                         x, correction = solve_ihvp(H, v, args, parts["sketch"])  # 3
                         weights = implicit_weights(J @ x, values, advantages, mb, args)
                         metrics.add(ihvp_correction=correction)
-                    sign = weights if args.hypergradient == "exact" else advantages
+                    sign = advantages if args.hypergradient == "released" else weights
                     implicit = policy.gradient(implicit_derivative(ratio, weights, sign, args.implicit_clip))
                     actor_grad, info = add_bounded(actor_grad, implicit, args.implicit_bound)  # 4
                     metrics.add(**info)

@@ -288,7 +288,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
         for iteration in run.iterations():  # begins at the checkpoint, if any, and writes the next ones
             metrics = Metrics()
             if args.anneal_lr:
-                left = 1 - iteration / iterations
+                left = 1 - iteration / ((args.anneal_timesteps or args.total_timesteps) // (N * T))
                 actor_adam.lr, critic_adam.lr = left * args.actor_lr, left * args.critic_lr
 
             # Rollout. The policy acts in NumPy: PyTorch's cost per call outweighs a few observations

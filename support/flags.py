@@ -110,6 +110,8 @@ class RunFlags(Flags):
     """Gymnasium id of the environment ("module:id" imports the module first)"""
     total_timesteps: Count
     """environment steps in total, over all environments, rounded down to whole rollouts"""
+    anneal_timesteps: Natural = 0
+    """steps over which --anneal-lr decays the step sizes (0: --total-timesteps), as if the run went on"""
     exp_name: Name = ""
     """name of the experiment, part of the run folder's name (empty: the script's name)"""
     seed: Seed = 1
@@ -231,6 +233,8 @@ def check_run_flags(args: RunFlags) -> None:
         args.refuse("capture_video", "come with --evaluate RUN")
     if args.eval_episodes == 0 and (args.evaluate or args.eval_every):
         args.refuse("eval_episodes", "be at least 1 to evaluate")
+    if 0 < args.anneal_timesteps < args.total_timesteps:
+        args.refuse("anneal_timesteps", f"be 0, or {args.total_timesteps} (--total-timesteps) at least")
     if args.cuda and not torch.cuda.is_available():
         args.refuse("cuda", "be off: torch finds no GPU here")
     if fixed := {"id", "disable_env_checker"} & args.env_options.keys():

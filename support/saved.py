@@ -136,8 +136,8 @@ def go_on(args, checkpoint: dict) -> None:
             config["flags"]["total_timesteps"] = args.total_timesteps
             write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
             total = f"{args.total_timesteps:,} steps, not at {before:,}"
-            schedule = "with --anneal-lr step sizes fall to 0 there"
-            say(f"note: {folder} now ends at {total}; {schedule}", error=True)
+            schedule = "" if args.anneal_timesteps else "; with --anneal-lr step sizes fall to 0 there"
+            say(f"note: {folder} now ends at {total}{schedule}", error=True)
     except OSError as problem:
         reason = problem.strerror or shown(problem)
         fail(f"--resume {folder} cannot be written ({reason}): make room, or make it writable")

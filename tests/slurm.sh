@@ -24,7 +24,7 @@ cleanup() {
     kill $(jobs -p) 2> /dev/null || true
     wait
     pkill -F "$work/munged.pid" 2> /dev/null || true
-    # munged saves its seed while it ends, and what Slurm started ends after it: the folder empties in a moment
+    # munged saves its seed while it ends, and what Slurm started ends after it
     for ((i = 0; i < 100; i++)); do
         if rm -rf "$work" 2> /dev/null; then break; fi
         sleep 0.1

@@ -482,6 +482,24 @@ def test_damaged_checkpoint(reference, tmp_path, monkeypatch, capsys):
     assert contents(script.main(["--resume", str(folder)])) == expected
 
 
+@pytest.mark.parametrize("script", [ppo, blpo])
+def test_a_schedule_may_be_longer_than_the_run(script, tmp_path, capsys):
+    """A run that ends at a quarter of its schedule has the first rows of the whole one, and ends in its bytes
+    when it goes on; further than the schedule it may not go."""
+    schedule = [*SMALL, "--anneal-timesteps", 1280, "--total-timesteps"]
+    whole = contents(train(script, tmp_path / "whole", *schedule, 1280))
+    assert whole == contents(train(script, tmp_path / "plain", *SMALL, "--total-timesteps", 1280))
+    slow = train(script, tmp_path / "slow", *SMALL, "--total-timesteps", 1280, "--anneal-timesteps", 12800)
+    assert whole != contents(slow)
+    folder = train(script, tmp_path / "short", *schedule, 320)
+    assert contents(folder)[0] == whole[0][:6]  # a header and five iterations
+    capsys.readouterr()
+    script.main(["--resume", str(folder), "--total-timesteps", "1280"])
+    assert "fall to 0" not in capsys.readouterr().err
+    assert contents(folder) == whole
+    assert "--anneal-timesteps" in refused(script, capsys, "--resume", folder, "--total-timesteps", 2560)
+
+
 def test_checkpoints_of_others(tmp_path, monkeypatch, capsys):
     folder = interrupted(ppo, tmp_path / "a", monkeypatch, 7, *SMALL)
     other = interrupted(ppo, tmp_path / "b", monkeypatch, 7, *SMALL[:-5], "Walker2d-v4", *SMALL[-4:])

@@ -194,7 +194,7 @@ class MDP:
             v = blpo.leader_gradient(J, advantages, mb, ratio, args)
             x, _ = blpo.solve_ihvp(blpo.curvature(critic, mb, J, args), v, args, torch.Generator())
             weights = blpo.implicit_weights(J @ x, values, advantages, mb, args)
-            sign = weights if args.hypergradient == "exact" else advantages
+            sign = advantages if args.hypergradient == "released" else weights
         implicit = gradient(blpo.implicit_derivative(ratio, weights, sign, args.implicit_clip))
         h, _ = blpo.add_bounded(direct, implicit, args.implicit_bound)
         return tuple(map(torch.as_tensor, (direct, h - direct, h)))
@@ -410,6 +410,31 @@ def test_control_is_an_unnormalised_policy_gradient():
     critic = LinearCritic(mdp.best_response(mdp.theta)[0])
     direct, implicit, _ = mdp.hypergradient(critic, exact_args(mdp, hypergradient="control"))
     assert torch.allclose(implicit, direct, atol=1e-12)
+
+
+def test_mean_c_is_a_policy_gradient_of_the_old_advantages():
+    """With one c for all steps the implicit term points along the policy gradient of the targets' advantages,
+    or against it: nothing of the trace c_k is left but its mean."""
+    mdp = MDP(0)
+    critic = LinearCritic(mdp.best_response(mdp.theta)[0])
+    args = exact_args(mdp, nystrom_rho=1.0)
+    _, implicit, _ = mdp.hypergradient(critic, exact_args(mdp, nystrom_rho=1.0, hypergradient="mean-c"))
+    mb = mdp.batch
+    J = jacobian_of(critic.value)(mb.all_obs)
+    values = J.outputs[:, 0]
+    advantages = blpo.gae(mb.rewards, values, mb.next_rows, mb.discounts, mb.Gamma)
+    v = blpo.leader_gradient(J, advantages, mb, np.ones_like(advantages), args)
+    x, _ = blpo.solve_ihvp(blpo.curvature(critic, mb, J, args), v, args, torch.Generator())
+    Jx = J @ x
+    a = blpo.implicit_weights(Jx, values, advantages, mb, args)  # of every c_k as it is
+    mean_c = np.mean(a / (-2 * mb.old_advantages))
+    theta = mdp.theta.clone().requires_grad_()
+    old_advantages = torch.as_tensor(mb.old_advantages)
+    objective = (old_advantages * mdp.log_prob(theta).flatten()).mean()
+    (expected,) = torch.autograd.grad(2 * mean_c * objective, theta)
+    assert torch.allclose(implicit, expected.flatten(), rtol=1e-9, atol=1e-12)
+    exact = mdp.hypergradient(critic, args)[1]
+    assert not torch.allclose(implicit, exact, rtol=1e-2)
 
 
 def derivative(loss, x):

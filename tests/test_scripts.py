@@ -503,6 +503,7 @@ BAD = [
     (["--env-id", "Pusher-v4"], "--env-id", "Pusher-v5"),
     (["--env-id", "tests.probe_envs:ProbeRefuses-v0"], "--env-id", "no licence for this simulator"),
     (["--total-timesteps", "100"], "--total-timesteps", "2048"),
+    (["--anneal-timesteps", "100"], "--anneal-timesteps", "--total-timesteps"),
     (["--num-minibatches", "7"], "--num-minibatches", "divide"),
     (["--num-envs", "0"], "--num-envs", "4,096"),
     (["--num-steps", "-5"], "--num-steps", "at least 1"),

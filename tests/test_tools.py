@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from tools import figures, plot, results, tables, tabular
+from tools import figures, learning, plot, results, tables, tabular
 
 ROOT = Path(__file__).parent.parent
 VERSIONS = {"python": "3.11.7", "torch": "2.13.0", "gymnasium": "1.4.0", "git_commit": "0123abc"}
@@ -34,7 +34,8 @@ def write_run(
     folder = runs_dir / f"{re.sub('[^a-zA-Z0-9_.-]', '-', f'{env_id}__{method}')}__{seed}__1795573961"
     folder.mkdir(parents=True)
     private = {"runs_dir": str(runs_dir), "resume": "", "evaluate": "", "track": False}
-    own = {"env_id": env_id, "exp_name": method, "seed": seed, "gamma": 0.99} | private | flags
+    own = {"env_id": env_id, "exp_name": method, "seed": seed, "gamma": 0.99, "total_timesteps": 64 * length}
+    own |= private | flags
     script = "blpo_continuous.py" if method.startswith("blpo") else "ppo_continuous.py"
     config = {"script": script, "flags": own, "versions": VERSIONS}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
@@ -105,7 +106,7 @@ def test_every_column_of_the_export(tmp_path):
     )
     results.export(tmp_path / "runs", tmp_path / "results")
     (row,) = read(tmp_path / "results" / "summary.csv")
-    assert json.loads(row.pop("flags")) == {"gamma": 0.99} | kept
+    assert json.loads(row.pop("flags")) == {"gamma": 0.99, "total_timesteps": 64 * 401} | kept
     assert row == VERSIONS | {
         "env_id": "module-Some-Env-v0",
         "exp_name": "blpo-run",
@@ -333,14 +334,112 @@ def test_intervals_of_aggregates_are_95_percent():
     assert wide == pytest.approx(math.sqrt(2) * (high - low), rel=0.1)
 
 
+# How fast runs learn
+
+
+def curve(steps, returns):
+    return {"global_step": np.array(steps, float), "return_100": np.array(returns, float)}
+
+
+def test_areas_and_steps_by_hand():
+    rising = curve([100, 200, 400], [math.nan, 2.0, 6.0])
+    # 2 until step 200, then a line to 6 at 400, then 6; the mean of 1,000 steps from 0.8 to 800
+    assert learning.area(rising, 800) == pytest.approx((200 * 2 + 200 * 4 + 400 * 6) / 800, rel=2e-3)
+    assert learning.area(rising, 200) == 2.0 and math.isnan(learning.area(rising, 100))
+    assert math.isnan(learning.area(curve([1, 2], [math.nan] * 2), 800))
+    assert learning.steps_to(rising, 5.0) == 350 and learning.steps_to(rising, 1.0) == 200
+    assert learning.steps_to(rising, 6.1) == math.inf
+    assert learning.steps_to(curve([10, 20, 30], [0, 4, 1]), 2) == 15  # the first time
+
+
+def summary_of(groups, **flags):
+    """Curves, each a list of seeds' curves, and a summary to match, whose runs have these flags."""
+    lines = []
+    for (env_id, method), runs in groups.items():
+        for seed, run in enumerate(runs, 1):
+            row = {"env_id": env_id, "exp_name": method, "seed": str(seed), "flags": json.dumps(flags)}
+            lines.append(row | {"return_100": str(run["return_100"][-1])})
+    return lines, groups
+
+
+def test_measures_follow_the_budget_of_a_run():
+    groups = {
+        ("E", "blpo"): [curve([0, 100, 200, 400], [0, 4, 4, 8]), curve([0, 100, 200, 400], [0, 0, 2, 2])],
+        ("E", "ppo-matched"): [curve([0, 400], [0, 8]), curve([0, 400], [0, 4])],
+    }
+    summary, curves = summary_of(groups, total_timesteps=400)
+    found = learning.measures(summary, curves)
+    assert found["AUC25"]["E", "blpo"] == pytest.approx([2, 0], abs=0.01)
+    assert found["AUC"]["E", "blpo"] == pytest.approx([(200 + 400 + 1200) / 400, (100 + 400) / 400], rel=0.01)
+    assert found["final"]["E", "ppo-matched"].tolist() == [8, 4]
+    assert found["steps"]["E", "blpo"].tolist() == [-75, -math.inf]  # half way is 3
+    assert found["steps"]["E", "ppo-matched"].tolist() == [-150, -300]
+    # the same curves as the first quarter of longer runs: there is no more to say of them
+    summary, curves = summary_of(groups, total_timesteps=400, anneal_timesteps=1600)
+    quarter = learning.measures(summary, curves)
+    assert list(quarter) == ["AUC25"]
+    assert quarter["AUC25"]["E", "blpo"].tolist() == found["AUC"]["E", "blpo"].tolist()
+
+
+def test_permutation_p_by_enumeration():
+    """Of all ways to give ten runs in two environments their labels, the share with a P as far from 0.5."""
+    rng = np.random.default_rng(3)
+    values = {("E", "a"): rng.normal(1, 1, 3), ("E", "b"): rng.normal(0, 1, 3)}
+    values |= {("F", "a"): np.array([1.0, 2.0]), ("F", "b"): np.array([1.0, 0.0])}  # with a tie
+    splits = []
+    for env_id in "EF":
+        both = np.concatenate([values[env_id, "a"], values[env_id, "b"]])
+        chosen = itertools.combinations(range(len(both)), len(values[env_id, "a"]))
+        pairs = [(both[list(one)], np.delete(both, list(one))) for one in chosen]
+        splits.append([np.mean([(x > y) + 0.5 * (x == y) for x in a for y in b]) for a, b in pairs])
+    observed = np.mean([tables.beats(values[env, "a"], values[env, "b"]) for env in "EF"])
+    means = [(e + f) / 2 for e in splits[0] for f in splits[1]]
+    expected = np.mean([abs(mean - 0.5) >= abs(observed - 0.5) - 1e-9 for mean in means])
+    assert 0.02 < expected < 0.9
+    assert learning.permutation_p(values, "a", "b", "EF") == pytest.approx(expected, abs=0.006)
+    assert learning.permutation_p(values, "b", "a", "EF") == pytest.approx(expected, abs=0.006)  # two-sided
+    apart = {("E", "a"): np.arange(10.0), ("E", "b"): np.arange(10.0) + 100}
+    assert learning.permutation_p(apart, "a", "b", "E", draws=1000) < 3 / 1001
+    assert learning.permutation_p(apart, "a", "a", "E", draws=1000) == 1
+
+
+def test_iqm_difference_by_hand():
+    values = {("E", "blpo"): np.array([20.0, 30, 40, 1000]), ("E", "ppo-matched"): np.array([20.0, 20])}
+    values["E", "nested"] = np.array([15.0, 15])
+    environments = learning.shared_environments(values, "blpo", "nested", "ppo-matched")
+    assert environments == ("E",)
+    difference = learning.iqm_difference(values, {"E": 10.0}, "blpo", "nested", environments)
+    assert difference.value == pytest.approx(2.5 - 0.5)  # (x - 10) / 10: the middle of 1, 2, 3, 99
+    assert difference.low < 2 < difference.high
+    assert learning.chance(values, "blpo", "ppo-matched", environments).value == pytest.approx(3.5 / 4)
+    single = values | {("F", "blpo"): np.array([1.0]), ("F", "nested"): np.array([1.0, 2])}
+    assert learning.shared_environments(single, "blpo", "nested") == ("E",)
+
+
+def test_the_table_of_learning_speed():
+    level = [curve([0, 400], [0, 8]), curve([0, 400], [0, 6])]
+    groups = {("E", "blpo"): [curve([0, 100, 400], [0, 7, 9])] * 2, ("E", "ppo-matched"): level}
+    groups["E", "nested"] = [curve([0, 400], [0, 1])]  # a single seed
+    text = learning.table(*summary_of(groups, total_timesteps=400))
+    lines = [line.split(" | ") for line in text.splitlines()[2:]]
+    measures = ["AUC, first quarter", "AUC", "steps to half way", "final return"]
+    assert [line[0] for line in lines] == [f"| {name}" for name in measures]
+    assert {line[1] for line in lines} == {"PPO, matched (1)"}
+    assert {line[2] for line in lines} == {"1.00 (1.00 to 1.00)"}
+    assert all(float(line[3]) == pytest.approx(1 / 3, abs=0.05) for line in lines)
+    assert lines[2][4] == " |" and float(lines[1][4].split()[0]) > 0.5
+    assert learning.table(*summary_of({("E", "blpo"): level}, total_timesteps=400)) == ""
+
+
 # The published tables
 
 
 def test_published_tables_are_those_of_the_published_runs():
     folder = ROOT / "results"
     summary = results.read_csv(folder / "summary.csv")
-    starts = results.starting_returns(results.load_curves(folder, summary))
-    parts = [tables.all_tables(summary, tables.aggregate(summary, starts))]
+    curves = results.load_curves(folder, summary)
+    aggregates = tables.aggregate(summary, results.starting_returns(curves))
+    parts = [tables.all_tables(summary, aggregates), learning.table(summary, curves)]
     parts.append(tabular.table(results.read_csv(folder / "tabular_summary.csv"), ("preference", "688")))
     assert "\n\n".join(parts) + "\n" == (folder / "tables.md").read_text(encoding="utf-8")
     for row in summary:
@@ -842,10 +941,11 @@ def test_from_runs_to_tables_and_figures(tmp_path, capsys):
         "| environment",
         "| environment",
         "| over the environments that have all of BLPO, PPO matched and the method",
+        "| measure",
         "| problem",
     ]
     assert "| Pendulum-v1 | BLPO | 2 | 10.0 ± 12.7 |" in blocks[1]
-    assert "| preference, seed 688 | exact (9) | 1 |" in blocks[3]
+    assert "| preference, seed 688 | exact (9) | 1 |" in blocks[4]
     names = {
         "curves",
         "time",

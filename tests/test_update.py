@@ -303,7 +303,7 @@ class BLPOReference(Reference):
             self.meet_gate(ratio)
             return flat_gradient(surrogate(ratio, advantages, clip), actor)
 
-        if args.hypergradient == "exact":
+        if args.hypergradient != "released":
             f = -lambda_returns(critic, mb, args).mean()
         else:
             f = surrogate(ratio.detach(), advantages_of(critic, mb, args), args.clip_coef)
@@ -320,8 +320,11 @@ class BLPOReference(Reference):
         x = torch.linalg.solve(H + args.nystrom_rho * torch.eye(len(w)), v)
         self.meet(ihvp_correction=(x - v / args.nystrom_rho).norm() / (v / args.nystrom_rho).norm())
 
-        if args.hypergradient == "exact":
-            a = -2 * self.traces((J @ x).view_as(mb.rewards), mb) * old_advantages
+        if args.hypergradient != "released":
+            c = self.traces((J @ x).view_as(mb.rewards), mb)
+            if args.hypergradient == "mean-c":
+                c = torch.full_like(c, float(c.sum()) / c.numel())
+            a = -2 * c * old_advantages
             self.meet_gate(ratio, a * advantages < 0)
             return flat_gradient(surrogate(ratio, a, clip), actor)
 
@@ -382,9 +385,10 @@ def test_exact_updates_are_those_of_the_specification(script, flags, tmp_path):
         ["--hypergradient", "released", "--implicit-bound", 5],
         ["--hypergradient", "released", "--implicit-bound", 5, "--hessian", "full", "--implicit-clip", "inf"],
         ["--hypergradient", "control"],
+        ["--hypergradient", "mean-c"],
         ["--ihvp", "none", "--nested-critic-steps", 4, "--max-grad-norm", 0.4],
     ],
-    ids=["released", "released-full", "control", "none"],
+    ids=["released", "released-full", "control", "mean-c", "none"],
 )
 @pytest.mark.parametrize("script", BLPO)
 def test_updates_of_the_other_modes_are_those_of_the_specification(script, flags, tmp_path):
@@ -410,7 +414,7 @@ FEW += ["--total-timesteps", 512, "--eval-episodes", 0, "--norm-obs", "--norm-re
 RELEASED = ["--hypergradient", "released", "--nystrom-sketch", "columns", "--hessian", "full"]
 PPO_MODES = [[], ["--trajectory-minibatches", "--no-clip-vloss", "--no-joint-grad-clip"]]
 BLPO_MODES = [[], RELEASED, ["--ihvp", "cg"], ["--ihvp", "pcg", "--nystrom-sketch", "gaussian"]]
-BLPO_MODES += [["--hypergradient", "control"], ["--ihvp", "none"]]
+BLPO_MODES += [["--hypergradient", "control"], ["--hypergradient", "mean-c"], ["--ihvp", "none"]]
 MODES = [(script, flags) for script in PPO for flags in PPO_MODES]
 MODES += [(script, flags) for script in BLPO for flags in BLPO_MODES]
 

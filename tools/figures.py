@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 
 from tools.results import label, style
 
-VARIANTS = ("blpo-released", "blpo-cg", "blpo-pcg", "control")  # shown beside BLPO in a figure of their own
+# Shown beside BLPO in a figure of their own:
+VARIANTS = ("blpo-released", "blpo-cg", "blpo-pcg", "control", "mean-c")
 RETURN_LABEL = "return, mean of the last 100 episodes"
 STEPS_LABEL = "environment steps (millions)"
 DPI = 120

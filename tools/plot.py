@@ -6,7 +6,7 @@
 
 The tables are printed and written to results/tables.md. results/speed.csv (by speed.py --csv) and
 results/solvers.csv (by solvers.py) are drawn if they are there. What the files hold is said in
-tools/results.py and tools/tabular.py, what the numbers mean in tools/tables.py.
+tools/results.py and tools/tabular.py, what the numbers mean in tools/tables.py and tools/learning.py.
 """
 
 import re
@@ -20,7 +20,7 @@ import tyro
 if not __package__:  # run as a file, for which Python looks in tools/, but not in the folder that holds it
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools import figures, results, tables, tabular
+from tools import figures, learning, results, tables, tabular
 
 
 @dataclass
@@ -68,7 +68,8 @@ def deep_runs(results_dir: Path, figures_dir: Path) -> str:
         drawn["solvers"] = figures.draw_solvers(results.read_csv(results_dir / "solvers.csv"))
     for name, figure in drawn.items():
         figures.save(figure, figures_dir, name)
-    return tables.all_tables(summary, aggregates)
+    parts = [tables.all_tables(summary, aggregates), learning.table(summary, curves)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def tabular_runs(results_dir: Path, figures_dir: Path, apart: tuple[str, str] | None) -> str:

@@ -27,9 +27,12 @@ STYLES = {
     "blpo-released": ("#56B4E9", "--", "BLPO, released term"),
     "blpo-cg": ("#CC79A7", (0, (3, 1, 1, 1)), "BLPO with CG"),
     "blpo-pcg": ("#888888", (0, (3, 1, 1, 1, 1, 1)), "BLPO with preconditioned CG"),
-    "control": ("#E69F00", "-.", "control: plain advantage"),
+    "mean-c": ("#E69F00", (0, (3, 1)), "mean c in place of each"),
+    "control": ("#B2912F", "-.", "control: plain advantage"),
     "nested": ("#009E73", ":", "nesting only"),
+    "nested-clip0.5": ("#66C2A4", (0, (1, 1)), "nesting only, clip 0.5"),
     "ppo-matched": ("#000000", (0, (5, 1)), "PPO, matched"),
+    "ppo-matched-clip0.5": ("#777777", (0, (5, 3)), "PPO, matched, clip 0.5"),
     "ppo": ("#D55E00", (0, (1, 2)), "PPO, CleanRL's flags"),
 }
 
@@ -56,6 +59,7 @@ PRIVATE_FLAGS = (
     "eval_every",
     "capture_video",
     "track",
+    "tensorboard",
 )
 
 
