@@ -91,7 +91,7 @@ method_command() { # sets script and method_flags for method $1 and $2 (continuo
     method_flags=()
     case $1 in
         blpo) ;;
-        blpo-released | control | mean-c) method_flags=(--hypergradient "${1#blpo-}") ;;
+        blpo-released | mean-c) method_flags=(--hypergradient "${1#blpo-}") ;;
         blpo-cg | blpo-pcg) method_flags=(--ihvp "${1#blpo-}") ;;
         nested | nested-clip0.5) method_flags=(--ihvp none) ;;
         ppo) script=ppo_$2.py ;; # CleanRL's details and flags
@@ -101,11 +101,11 @@ method_command() { # sets script and method_flags for method $1 and $2 (continuo
             [[ $2 == discrete ]] || method_flags+=("${matched_rollouts[@]}")
             ;;
         *)
-            local known="ppo, ppo-matched, nested, control, mean-c, blpo, blpo-released, blpo-cg, blpo-pcg,"
+            local known="ppo, ppo-matched, nested, mean-c, blpo, blpo-released, blpo-cg, blpo-pcg,"
             fail "METHODS knows $known nested-clip0.5 and ppo-matched-clip0.5, not $1"
             ;;
     esac
-    if [[ $1 == *-clip0.5 ]]; then method_flags+=(--clip-coef 0.5); fi # as in BLPO's implicit term
+    if [[ $1 == *-clip0.5 ]]; then method_flags+=(--clip-coef 0.5); fi # as BLPO's --implicit-clip
 }
 
 # Jobs: a job is an index into the arrays job_envs, job_kinds, job_methods, job_seeds and job_names

@@ -5,15 +5,15 @@ The actor (parameters theta) leads, the critic V (omega) follows. For every mini
 steps with advantages A and lambda-returns R:
 
     1. K_omega critic steps on g = mean (R - V)^2: the critic best-responds before the actor moves ("nesting")
-    2. v = grad_omega f                     f: the leader's loss, minus the mean lambda-return
+    2. v = grad_omega f                     f: the leader's loss, -mean ratio (A + V); A + V is the return
     3. x = (H + rho I)^{-1} v               H = grad^2_omega g, by the Nystrom method (nystrom.py)
-    4. h = grad_theta f - (grad^2_theta,omega g) x        the hypergradient
+    4. h = grad_theta f - (grad^2_theta,omega g) x        the hypergradient, grad_theta f as PPO takes it
     5. one actor step along -h
 
 g depends on theta through the distribution of the returns that the critic regresses on. The cross term is a
 policy gradient, with w_k = grad V(s_k) . x and c_k = sum_{t <= k, same episode} (gamma lambda)^{k-t} w_t,
 
-    (grad^2_theta,omega g) x = -(2/B) sum_k c_k A_k grad_theta log pi(a_k | s_k),
+    (grad^2_theta,omega g) x = -(2/B) sum_k c_k A_k grad_theta log pi(a_k | s_k),    A as in R = A + V,
 
 and costs one product with the actor's Jacobian. tests/test_math.py proves it, with the distribution of
 visited states held fixed. Deliberate deviations from the paper: README.md, "Which hypergradient?".
@@ -63,7 +63,7 @@ class Args(RunFlags):
     critic_lr: UnitStep = 1e-3
     """Adam step size of the critic"""
     anneal_lr: bool = True
-    """decay both step sizes linearly to 0 over the iterations"""
+    """decay both step sizes linearly to 0, over --anneal-timesteps if it is given"""
     hidden_size: Size = 64
     """width of the two hidden layers, in both networks"""
     gamma: UnitInterval = 0.99
@@ -87,9 +87,9 @@ class Args(RunFlags):
     """critic steps per actor step, K_omega"""
     ihvp: Literal["nystrom", "cg", "pcg", "none"] = "nystrom"
     """solver of step 3; "pcg" is CG preconditioned by the Nystrom sketch, "none" is nesting only"""
-    hypergradient: Literal["exact", "mean-c", "released", "control"] = "exact"
-    """"exact": the total derivative, with the distribution of visited states held fixed; "mean-c": every c_k
-    replaced by their mean; "released": as in the authors' code; "control": plain advantages as weights"""
+    hypergradient: Literal["exact", "mean-c", "released"] = "exact"
+    """"exact": the derivative with the distribution of visited states held fixed; "mean-c": each c_k replaced
+    by their mean, a control; "released": as in the authors' code"""
     nystrom_rank: Natural = 2
     """Hessian-vector products in the sketch"""
     nystrom_rho: Positive = 50.0
@@ -190,9 +190,9 @@ class Batch(NamedTuple):
     # BLPO: what advantages under another critic take
     rewards: Array  # (B,)
     discounts: Array  # (B,): gamma, or 0 where the episode terminated (truncation does not count)
-    Gamma: Array  # (M, T, T), the matrix of gae_matrix for each trajectory
+    Gamma: Array  # (M, T, T), the matrix of gae_matrix for each of the M trajectories
     all_obs: Array  # (n, obs_dim): obs, then the true next ones that are not in obs
-    next_rows: Array  # (B,), the row of all_obs that holds the next observation
+    next_rows: Array  # (B,), the row of all_obs that holds the next observation: no row twice
 
 
 def gae_matrix(done, gamma: float, gae_lambda: float, dtype=np.float32):
@@ -202,7 +202,7 @@ def gae_matrix(done, gamma: float, gae_lambda: float, dtype=np.float32):
     T = done.shape[1]
     powers = ((gamma * gae_lambda) ** np.arange(T)).astype(dtype)
     padded = np.concatenate([np.zeros(T - 1, dtype), powers])
-    decay = np.lib.stride_tricks.sliding_window_view(padded, T)[::-1]  # (T, T): powers[k - t], a view
+    decay = np.lib.stride_tricks.sliding_window_view(padded, T)[::-1]  # row t: t zeros, then powers
     return decay * (episode[:, :, None] == episode[:, None, :])
 
 
@@ -245,8 +245,8 @@ def make_batch(rollout, actor: Actor, critic: Critic, args: Args) -> tuple[Batch
     return Batch(obs, actions, logprobs, advantages, returns, *known), explained_variance
 
 
-def trajectories(batch: Batch, chosen: tuple[int, ...]) -> Batch:  # BLPO: next observations move
-    """The chosen trajectories of a rollout as a batch of their own."""
+def trajectories(batch: Batch, chosen: tuple[int, ...]) -> Batch:  # BLPO: with rows of their own
+    """The chosen trajectories of a rollout as a batch of their own, next_rows numbered anew."""
     T = batch.Gamma.shape[-1]
     steps = np.concatenate([np.arange(n * T, (n + 1) * T) for n in chosen])
     rows = batch.next_rows[steps]
@@ -255,7 +255,7 @@ def trajectories(batch: Batch, chosen: tuple[int, ...]) -> Batch:  # BLPO: next 
 
 
 def minibatches(batch: Batch, args: Args):
-    """Those of all epochs. If they have one trajectory each they are made once, because epochs share them."""
+    """Those of all epochs. Minibatches of one trajectory come again in every epoch, and are made once."""
     made = lru_cache(args.num_minibatches)(partial(trajectories, batch))  # BLPO:
     for _ in range(args.update_epochs):
         for chosen in torch.randperm(args.num_envs).chunk(args.num_minibatches):
@@ -266,14 +266,14 @@ def minibatches(batch: Batch, args: Args):
 
 
 def critic_loss(values, returns):
-    """Mean squared error of the values (B,), without the factor one half, and its derivative by them (B,)."""
+    """Mean squared error of the values V (B,), without the factor one half, and d loss / d V (B,)."""
     error = values - returns
     return float(error @ error) / len(error), 2 / len(error) * error
 
 
 def policy_loss(ratio, advantages, clip: float):
-    """PPO's clipped surrogate, to be minimised, and its derivative by log pi(a|s) (B,), with d ratio = ratio
-    d log pi where the minimum is not the clipped one."""
+    """PPO's clipped surrogate, to be minimised, and d loss / d log pi(a|s) (B,): -ratio A / B where the
+    unclipped term is the smaller one, 0 where the clipped one is, which is constant."""
     unclipped = ratio * advantages
     clipped = ratio.clip(1 - clip, 1 + clip) * advantages
     loss = -float(namespace(ratio).minimum(unclipped, clipped).mean())
@@ -289,25 +289,28 @@ def standardized(x):
 
 
 def leader_gradient(J, advantages, mb: Batch, ratio, args: Args):
-    """v = grad_omega f = df/dV J (p,), and df/dV is known in closed form: A is linear in V. exact: f is minus
-    the mean lambda-return, A + V. released: f is the surrogate, whose A subtract V, like the authors'."""
+    """v = grad_omega f (p,). f is linear in V, because A = Gamma delta and delta = r + discount V' - V: with
+    df/d delta = Gamma^T df/dA, V has -df/d delta and the V' of the step discount * df/d delta.
+    exact: f = -mean (A + V), the ratio taken as 1, so that df/dA = -1/B, and V has -1/B more.
+    released: f is the clipped surrogate, in which the baseline -V of A counts, as in the authors' code."""
     B = len(advantages)
-    by_advantages = namespace(ratio).full_like(ratio, -1 / B)
+    df_dA = namespace(ratio).full_like(ratio, -1 / B)
     if args.hypergradient == "released":
         clipped = ratio.clip(1 - args.clip_coef, 1 + args.clip_coef)
-        by_advantages *= namespace(ratio).where(ratio * advantages <= clipped * advantages, ratio, clipped)
-    by_delta = along(mb.Gamma.swapaxes(1, 2), by_advantages)
-    by_values = 0 * J.outputs
-    by_values[:B, 0] = -by_delta - (0 if args.hypergradient == "released" else 1 / B)  # the latter for + V
-    by_values[mb.next_rows, 0] += mb.discounts * by_delta
-    return by_values @ J
+        df_dA *= namespace(ratio).where(ratio * advantages <= clipped * advantages, ratio, clipped)
+    df_ddelta = along(mb.Gamma.swapaxes(1, 2), df_dA)
+    df_dV = namespace(ratio).zeros_like(J.outputs)
+    df_dV[:B, 0] = -df_ddelta - (0 if args.hypergradient == "released" else 1 / B)
+    df_dV[mb.next_rows, 0] += mb.discounts * df_ddelta
+    return df_dV @ J
 
 
 def curvature(critic: Critic, mb: Batch, J, args: Args):
-    """The map u -> H u: the Hessian of g, or its Gauss-Newton part (2/B) J^T J: no second derivative of V."""
+    """The map u -> H u: the Hessian of g, or its Gauss-Newton part (2/B) J_B^T J_B, without the second
+    derivative of V. J_B: the rows of J at the B observations, not those at the true next ones."""
     if args.hessian == "gauss-newton":
-        weights = 0 * J.outputs[:, 0]
-        weights[: len(mb.returns)] = 2 / len(mb.returns)  # at the B observations, not at the true next ones
+        weights = namespace(mb.returns).zeros_like(J.outputs[:, 0])
+        weights[: len(mb.returns)] = 2 / len(mb.returns)
         return gauss_newton_products(J, weights)
     error = torch.as_tensor(mb.returns) - critic(torch.as_tensor(mb.obs))
     return loss_hessian_products(error.square().mean(), critic.parameters())
@@ -320,12 +323,11 @@ def solve_ihvp(H, v, args: Args, generator):
 
 
 def implicit_weights(Jx, values, advantages, mb: Batch, args: Args):
-    """The a_k (B,) of the implicit term -grad_theta mean_k rho_k a_k, for the change Jx (n, 1) of V along x.
-
-    exact: a = -2 c A, with the A of the targets R, makes it minus the cross term; mean-c: the mean of all c
-    in place of each. released: the authors subtract d/d eps grad_theta L2(theta, omega + eps x), e = R - V,
-    L2 = -2 sum_t min(rho A, clip(rho) A) e: a = 2 T (A w - dA e), dA the change of A along x.
-    """
+    """The a_k (B,) of the implicit term -grad_theta mean_k ratio_k a_k, by the change Jx (n, 1) of V along x.
+    exact: a = -2 c A, with the A of the targets R, makes it minus the cross term.
+    mean-c: the same with the mean of all c in place of each.
+    released: the authors subtract d/d eps grad_theta L2(theta, omega + eps x), L2 the sum over a trajectory
+    of -2 min(ratio A, clip(ratio) A) e, with e = R - V: a = 2 T (A w - dA e), dA the change of A along x."""
     B = len(advantages)
     w = Jx[:, 0]
     if args.hypergradient == "released":
@@ -335,9 +337,10 @@ def implicit_weights(Jx, values, advantages, mb: Batch, args: Args):
     return -2 * (c.mean() if args.hypergradient == "mean-c" else c) * mb.old_advantages
 
 
-def implicit_derivative(ratio, weights, sign, clip: float):
-    """That of -mean_k rho_k a_k by log pi (B,), gated like min(rho A, clip(rho) A) for an A of this sign."""
-    gate = namespace(ratio).where(sign > 0, ratio < 1 + clip, ratio > 1 - clip)
+def implicit_derivative(ratio, weights, signs, clip: float):
+    """d loss / d log pi (B,) for the loss -mean_k ratio_k a_k, with the weights a. It is 0 where the minimum
+    of ratio A and clip(ratio) A would be the clipped one, for an A with the signs of `signs` (B,)."""
+    gate = namespace(ratio).where(signs > 0, ratio < 1 + clip, ratio > 1 - clip)
     return gate * weights * ratio / -len(ratio)
 
 
@@ -392,11 +395,11 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 actor_adam.lr, critic_adam.lr = left * args.actor_lr, left * args.critic_lr
 
             # Rollout. The policy acts in NumPy: PyTorch's cost per call outweighs a few observations
-            policy = numpy_policy(actor.net)
+            net = numpy_policy(actor.net)
             noise = actor.noise(T, N)
             for t in range(T):
                 obs[:, t] = envs.obs
-                outputs = finite(policy(envs.obs), "the policy has diverged: lower --actor-lr")
+                outputs = finite(net(envs.obs), "the policy has diverged: lower --actor-lr")
                 actions[:, t] = actor.act(outputs, noise[t])
                 lap("inference")
                 step = envs.step(actor.for_env(actions[:, t], envs.action_space))
@@ -411,8 +414,8 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 losses = []
                 for _ in range(args.nested_critic_steps):
                     J = critic.jacobian(mb.obs)
-                    loss, by_values = critic_loss(J.outputs[:, 0], mb.returns)
-                    critic_adam.step(by_values[:, None] @ J)
+                    loss, dloss_dV = critic_loss(J.outputs[:, 0], mb.returns)
+                    critic_adam.step(dloss_dV[:, None] @ J)
                     losses.append(loss)
                     metrics.add(skipped_updates=critic_adam.skipped)
                 J = critic.jacobian(mb.all_obs)  # BLPO: for advantages under its best response
@@ -420,30 +423,26 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 advantages = gae(mb.rewards, values, mb.next_rows, mb.discounts, mb.Gamma)
                 lap("critic")
 
-                # The actor's gradient
+                # grad_theta f, PPO's: clipped surrogate, normalised advantages, entropy bonus
                 policy = actor.policy(mb.obs, mb.actions)
                 logratio = policy.log_prob - mb.logprobs
                 ratio = namespace(logratio).exp(logratio)
                 normalized = standardized(advantages) if args.norm_adv else advantages
-                loss, by_logprobs = policy_loss(ratio, normalized, args.clip_coef)
+                loss, dloss_dlogp = policy_loss(ratio, normalized, args.clip_coef)
                 loss -= args.ent_coef * policy.entropy()
-                actor_grad = policy.gradient(by_logprobs, entropy=-args.ent_coef)
+                actor_grad = policy.gradient(dloss_dlogp, entropy_weight=-args.ent_coef)
 
                 # BLPO: the hypergradient h, along which the actor then steps (5)
                 if args.ihvp != "none":
                     lap("actor")
-                    if args.hypergradient == "control":
-                        weights = advantages
-                    else:
-                        v = leader_gradient(J, advantages, mb, ratio, args)  # 2
-                        H = curvature(critic, mb, J, args)
-                        x, correction = solve_ihvp(H, v, args, parts["sketch"])  # 3
-                        weights = implicit_weights(J @ x, values, advantages, mb, args)
-                        metrics.add(ihvp_correction=correction)
-                    sign = advantages if args.hypergradient == "released" else weights
-                    implicit = policy.gradient(implicit_derivative(ratio, weights, sign, args.implicit_clip))
+                    v = leader_gradient(J, advantages, mb, ratio, args)  # 2
+                    H = curvature(critic, mb, J, args)
+                    x, correction = solve_ihvp(H, v, args, parts["sketch"])  # 3
+                    weights = implicit_weights(J @ x, values, advantages, mb, args)
+                    signs = advantages if args.hypergradient == "released" else weights
+                    implicit = policy.gradient(implicit_derivative(ratio, weights, signs, args.implicit_clip))
                     actor_grad, info = add_bounded(actor_grad, implicit, args.implicit_bound)  # 4
-                    metrics.add(**info)
+                    metrics.add(ihvp_correction=correction, **info)
                     lap("hypergradient")
 
                 actor_adam.step(actor_grad)

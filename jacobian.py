@@ -1,12 +1,15 @@
 """All that an update needs of a network: its parameters as one flat array, and its Jacobian.
 
-J holds the derivatives of the outputs at n inputs by the p parameters, and is known by two products: J @ u,
-the change of the outputs along u (p,), and s @ J, the gradient of sum(s * outputs) for s (n, K). They give,
-without autograd,
+J holds the derivatives of the K outputs at n inputs with respect to the p parameters of the network, and is
+known by two products: J @ u, the change (n, K) of the outputs along u (p,), and s @ J, the gradient (p,) of
+sum(s * outputs) for s (n, K). They give, without autograd,
 
-    the gradient of a mean squared error     (2/B) (V - R) @ J
+    the gradient of a mean squared error     (2/B) (V - R) @ J       with V and R (B, 1)
     Gauss-Newton products                    (2/B) (J @ u) @ J
-    policy gradients                         sum_k e_k grad log pi_k = (e_k d log pi_k / d outputs_k) @ J
+    policy gradients                         s @ J                   with s_k = e_k d log pi_k / d outputs_k
+
+the last for sum_k e_k grad log pi_k. A Jacobian is of the parameters as they are when it is made: it may be
+used until they change.
 
 The same code runs on NumPy's arrays on the CPU, where a call of PyTorch costs more than the arithmetic of a
 minibatch, and on PyTorch's tensors on a GPU.
@@ -75,7 +78,7 @@ class MLPJacobian:
         self.outputs = self.inputs[-1] @ W.T + b
 
     def backward(self, s):
-        """The derivatives g of sum(s * outputs) by every layer's W a + b, (n, m)."""
+        """The derivatives g (n, m) of sum(s * outputs) with respect to every layer's W a + b."""
         found = [s]
         for (W, _), a in zip(self.layers[:0:-1], self.inputs[:0:-1]):
             found.append((found[-1] @ W) * (1 - a * a))
@@ -83,7 +86,7 @@ class MLPJacobian:
 
     @cached_property
     def single(self):
-        """backward(1) of a network with one output, of which every other backward(s) is a multiple."""
+        """backward(1) of a network with one output: the rows of any other backward(s) are multiples of it."""
         return self.backward(namespace(self.outputs).ones_like(self.outputs))
 
     def __matmul__(self, u):
@@ -146,7 +149,7 @@ class ModuleJacobian:
 
 class Gaussian:
     """Normal policy with the network's outputs as means: log-probabilities of actions, entropy, gradients.
-    Parameters are log_std, then the network's."""
+    theta is log_std, on which J does not depend, then the network's parameters."""
 
     def __init__(self, J, log_std, actions):  # means (B, K), (K,), (B, K)
         self.J = J
@@ -159,11 +162,11 @@ class Gaussian:
     def entropy(self) -> float:
         return float(self.log_std.sum()) + 0.5 * math.log(2 * math.pi * math.e) * len(self.log_std)
 
-    def gradient(self, e, entropy: float = 0.0):
-        """grad_theta of sum_k e_k log pi(a_k | s_k) + entropy * H, (p,), for weights e (B,)."""
-        by_log_std = e @ (self.z * self.z - 1) + entropy
-        by_mean = e[:, None] * self.z * self.inverse_std
-        return namespace(e).concatenate([by_log_std, by_mean @ self.J])
+    def gradient(self, e, entropy_weight: float = 0.0):
+        """grad_theta of sum_k e_k log pi(a_k | s_k) + entropy_weight * entropy, for weights e (B,)."""
+        along_log_std = e @ (self.z * self.z - 1) + entropy_weight
+        d_means = e[:, None] * self.z * self.inverse_std
+        return namespace(e).concatenate([along_log_std, d_means @ self.J])
 
 
 class Categorical:
@@ -183,12 +186,13 @@ class Categorical:
         """The mean over states."""
         return float(self.entropies.mean())
 
-    def gradient(self, e, entropy: float = 0.0):
-        """grad_theta of sum_k e_k log pi(a_k | s_k) + entropy * mean H, (p,), for weights e (B,)."""
-        by_logits = e[:, None] * (self.taken - self.probs)
-        if entropy:
-            by_logits -= entropy / len(e) * self.probs * (self.logprobs + self.entropies[:, None])
-        return by_logits @ self.J
+    def gradient(self, e, entropy_weight: float = 0.0):
+        """grad_theta of sum_k e_k log pi(a_k | s_k) + entropy_weight * entropy, for weights e (B,)."""
+        d_logits = e[:, None] * (self.taken - self.probs)
+        if entropy_weight:
+            shares = self.probs * (self.logprobs + self.entropies[:, None])  # minus d entropy / d logits
+            d_logits -= entropy_weight / len(e) * shares
+        return d_logits @ self.J
 
 
 # Steps

@@ -59,12 +59,12 @@ def norm(v) -> float:
 def gauss_newton_products(J, weights):
     """The map u -> J^T diag(weights) J u for u of shape (p,) or (p, q), where J has one output (K = 1) at n
     inputs and weights are (n,)."""
-    column = weights[:, None]
+    diagonal = weights[:, None]
 
     def product(u):
         if u.ndim == 2:
             return namespace(u).stack([product(column) for column in u.T], 1)
-        return (column * (J @ u)) @ J
+        return (diagonal * (J @ u)) @ J
 
     return product
 

@@ -53,7 +53,7 @@ class Args(RunFlags):
     critic_lr: UnitStep = 2.5e-4
     """Adam step size of the critic"""
     anneal_lr: bool = True
-    """decay both step sizes linearly to 0 over the iterations"""
+    """decay both step sizes linearly to 0, over --anneal-timesteps if it is given"""
     hidden_size: Size = 64
     """width of the two hidden layers, in both networks"""
     gamma: UnitInterval = 0.99
@@ -170,7 +170,7 @@ def gae_matrix(done, gamma: float, gae_lambda: float, dtype=np.float32):
     T = done.shape[1]
     powers = ((gamma * gae_lambda) ** np.arange(T)).astype(dtype)
     padded = np.concatenate([np.zeros(T - 1, dtype), powers])
-    decay = np.lib.stride_tricks.sliding_window_view(padded, T)[::-1]  # (T, T): powers[k - t], a view
+    decay = np.lib.stride_tricks.sliding_window_view(padded, T)[::-1]  # row t: t zeros, then powers
     return decay * (episode[:, :, None] == episode[:, None, :])
 
 
@@ -227,13 +227,13 @@ def minibatches(batch: Batch, args: Args):
 
 
 def critic_loss(values, returns):
-    """Mean squared error of the values (B,), without the factor one half, and its derivative by them (B,)."""
+    """Mean squared error of the values V (B,), without the factor one half, and d loss / d V (B,)."""
     error = values - returns
     return float(error @ error) / len(error), 2 / len(error) * error
 
 
 def value_loss(values, mb: Batch, args: Args):
-    """vf_coef / 2 times the mean squared error, and its derivative by the values (B,). With --clip-vloss the
+    """vf_coef / 2 times the mean squared error, and d loss / d V (B,). With --clip-vloss the
     error of a value held near the old one counts where it is larger."""
     error = values - mb.returns
     moves = 1.0  # d error / d value
@@ -247,8 +247,8 @@ def value_loss(values, mb: Batch, args: Args):
 
 
 def policy_loss(ratio, advantages, clip: float):
-    """PPO's clipped surrogate, to be minimised, and its derivative by log pi(a|s) (B,), with d ratio = ratio
-    d log pi where the minimum is not the clipped one."""
+    """PPO's clipped surrogate, to be minimised, and d loss / d log pi(a|s) (B,): -ratio A / B where the
+    unclipped term is the smaller one, 0 where the clipped one is, which is constant."""
     unclipped = ratio * advantages
     clipped = ratio.clip(1 - clip, 1 + clip) * advantages
     loss = -float(namespace(ratio).minimum(unclipped, clipped).mean())
@@ -292,11 +292,11 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 actor_adam.lr, critic_adam.lr = left * args.actor_lr, left * args.critic_lr
 
             # Rollout. The policy acts in NumPy: PyTorch's cost per call outweighs a few observations
-            policy = numpy_policy(actor.net)
+            net = numpy_policy(actor.net)
             noise = actor.noise(T, N)
             for t in range(T):
                 obs[:, t] = envs.obs
-                outputs = finite(policy(envs.obs), "the policy has diverged: lower --actor-lr")
+                outputs = finite(net(envs.obs), "the policy has diverged: lower --actor-lr")
                 actions[:, t] = actor.act(outputs, noise[t])
                 lap("inference")
                 step = envs.step(actor.for_env(actions[:, t], envs.action_space))
@@ -310,18 +310,18 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 # The critic's gradient
                 J = critic.jacobian(mb.obs)
                 values = J.outputs[:, 0]
-                _, by_values = value_loss(values, mb, args)
-                critic_grad = by_values[:, None] @ J
+                _, dloss_dV = value_loss(values, mb, args)
+                critic_grad = dloss_dV[:, None] @ J
                 lap("critic")
 
-                # The actor's gradient
+                # The actor's gradient: clipped surrogate, normalised advantages, entropy bonus
                 policy = actor.policy(mb.obs, mb.actions)
                 logratio = policy.log_prob - mb.logprobs
                 ratio = namespace(logratio).exp(logratio)
                 normalized = standardized(mb.old_advantages) if args.norm_adv else mb.old_advantages
-                loss, by_logprobs = policy_loss(ratio, normalized, args.clip_coef)
+                loss, dloss_dlogp = policy_loss(ratio, normalized, args.clip_coef)
                 loss -= args.ent_coef * policy.entropy()
-                actor_grad = policy.gradient(by_logprobs, entropy=-args.ent_coef)
+                actor_grad = policy.gradient(dloss_dlogp, entropy_weight=-args.ent_coef)
 
                 if args.joint_grad_clip:
                     size = math.hypot(norm(actor_grad), norm(critic_grad))

@@ -38,6 +38,9 @@ ROBOTS = ("Ant", "HalfCheetah", "Hopper", "Humanoid", "HumanoidStandup", "Invert
 ROBOTS += ("InvertedPendulum", "Reacher", "Swimmer", "Walker2d")
 ONE_ISLAND = {f"{robot}-{version}" for robot in ROBOTS for version in ("v4", "v5")}
 
+# What MuJoCo's next step depends on
+MUJOCO_STATE = ("qpos", "qvel", "act", "ctrl", "qacc_warmstart", "mocap_pos", "mocap_quat", "eq_active")
+
 MANY = 5_000  # numbers in an observation, from which on it is more likely a picture than a state
 
 
@@ -88,7 +91,8 @@ def stop_the_clock() -> None:
     one, which a step of Walker2d-v4 reads 456 times: 12 to 18 % of physics (3.17 keeps it). A clock of the
     user's stays."""
     mujoco = sys.modules.get("mujoco")
-    if mujoco is not None and mujoco.get_mjcb_time() is None:
+    clock = getattr(mujoco, "get_mjcb_time", None)  # None without MuJoCo
+    if clock and clock() is None:
         mujoco.set_mjcb_time(None)
 
 
@@ -435,12 +439,14 @@ def restore_env(env: gym.Env, state: dict) -> None:
     core.np_random.bit_generator.state = state["random"]
     for layer, values in zip(wrappers(env), state["layers"]):
         vars(layer).update({k: unpack(v) for k, v in values.items()})
-    if "bytes" in state:
-        core.data.time = state["time"]
+    if data := getattr(core, "data", None):
+        data.time = state["time"]
         joined = memoryview(state["bytes"].numpy())
         for name, (dtype, shape) in state["shapes"].items():
-            array = getattr(core.data, name)
+            array = getattr(data, name, None)  # which another version of MuJoCo may lack
             size = math.prod(shape)
-            if array.shape == shape:  # those of contacts vary; every step recomputes them
+            if array is not None and array.shape == shape:
                 array[...] = np.frombuffer(joined, dtype, size).reshape(shape)
+            elif name in MUJOCO_STATE:  # others, of contacts for example, every step computes anew
+                raise ValueError(f"MuJoCo's {name} had the shape {shape}")
             joined = joined[size * np.dtype(dtype).itemsize :]

@@ -67,9 +67,9 @@ TINY = 5e-324  # the smallest positive float: where an open interval begins
 HUGE = 1.7e308  # about the largest finite one
 
 # Types of flags, named by their ranges and not by a use; (a, b] leaves a out
-Count = Annotated[int, Range(1, math.inf, "be at least 1")]
+Count = Annotated[int, Range(1, 2**63 - 1, "be at least 1, and below 2^63")]
 Size = Annotated[int, Range(1, 4_096, "lie between 1 and 4,096")]
-Natural = Annotated[int, Range(0, math.inf, "be 0 or positive")]
+Natural = Annotated[int, Range(0, 2**63 - 1, "be 0 or positive, and below 2^63")]
 Episodes = Annotated[int, Range(0, 10_000, "lie between 0 and 10,000")]
 Seed = Annotated[int, Range(0, 2**31 - 1, "lie in [0, 2^31)")]
 UnitStep = Annotated[float, Range(TINY, 1, "lie in (0, 1]")]
@@ -234,7 +234,7 @@ def check_run_flags(args: RunFlags) -> None:
     if args.eval_episodes == 0 and (args.evaluate or args.eval_every):
         args.refuse("eval_episodes", "be at least 1 to evaluate")
     if 0 < args.anneal_timesteps < args.total_timesteps:
-        args.refuse("anneal_timesteps", f"be 0, or {args.total_timesteps} (--total-timesteps) at least")
+        args.refuse("total_timesteps", f"be at most --anneal-timesteps {args.anneal_timesteps}, or that be 0")
     if args.cuda and not torch.cuda.is_available():
         args.refuse("cuda", "be off: torch finds no GPU here")
     if fixed := {"id", "disable_env_checker"} & args.env_options.keys():

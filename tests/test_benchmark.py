@@ -126,7 +126,6 @@ MATCHED_ROLLOUTS = "--num-envs 8 --num-steps 256 --num-minibatches 8 --update-ep
 COMMANDS = {
     ("Pendulum-v1", "blpo"): ("blpo_continuous.py", ""),
     ("Pendulum-v1", "blpo-released"): ("blpo_continuous.py", "--hypergradient released"),
-    ("Pendulum-v1", "control"): ("blpo_continuous.py", "--hypergradient control"),
     ("Pendulum-v1", "mean-c"): ("blpo_continuous.py", "--hypergradient mean-c"),
     ("Pendulum-v1", "blpo-cg"): ("blpo_continuous.py", "--ihvp cg"),
     ("Pendulum-v1", "blpo-pcg"): ("blpo_continuous.py", "--ihvp pcg"),
@@ -140,7 +139,6 @@ COMMANDS = {
     ),
     ("CartPole-v1", "blpo"): ("blpo_discrete.py", ""),
     ("CartPole-v1", "blpo-released"): ("blpo_discrete.py", "--hypergradient released"),
-    ("CartPole-v1", "control"): ("blpo_discrete.py", "--hypergradient control"),
     ("CartPole-v1", "mean-c"): ("blpo_discrete.py", "--hypergradient mean-c"),
     ("CartPole-v1", "blpo-cg"): ("blpo_discrete.py", "--ihvp cg"),
     ("CartPole-v1", "blpo-pcg"): ("blpo_discrete.py", "--ihvp pcg"),

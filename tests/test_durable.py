@@ -1,5 +1,6 @@
 """Nothing is lost: kills, signals, full disks, damaged files, broken environments, odd command lines."""
 
+import copy
 import ctypes.util
 import json
 import math
@@ -497,7 +498,27 @@ def test_a_schedule_may_be_longer_than_the_run(script, tmp_path, capsys):
     script.main(["--resume", str(folder), "--total-timesteps", "1280"])
     assert "fall to 0" not in capsys.readouterr().err
     assert contents(folder) == whole
-    assert "--anneal-timesteps" in refused(script, capsys, "--resume", folder, "--total-timesteps", 2560)
+    err = refused(script, capsys, "--resume", folder, "--total-timesteps", 2560)
+    assert "--total-timesteps must be at most --anneal-timesteps 1280" in err
+
+
+def test_a_checkpoint_without_physics_is_refused(tmp_path, monkeypatch, capsys):
+    """One of a version that kept MuJoCo's arrays otherwise, or a MuJoCo whose state has another shape."""
+    folder = interrupted(ppo, tmp_path, monkeypatch, 7, *SMALL)
+    whole = torch.load(folder / "checkpoint.pt", weights_only=True)
+
+    def refusal(change):
+        saved = copy.deepcopy(whole)
+        change(saved["parts"]["envs"]["envs"][0])
+        torch.save(saved, folder / "checkpoint.pt")
+        return refused(ppo, capsys, "--resume", folder)
+
+    assert "does not fit" in refusal(lambda env: env.pop("bytes"))
+    assert "qpos had the shape" in refusal(lambda env: env["shapes"].update(qpos=("<f8", (5,))))
+    torch.save(whole, folder / "checkpoint.pt")
+    whole["parts"]["envs"]["envs"][0]["shapes"]["xpos"] = ("<f8", (15,))  # derived, as all that is not state
+    torch.save(whole, folder / "checkpoint.pt")
+    ppo.main(["--resume", str(folder)])
 
 
 def test_checkpoints_of_others(tmp_path, monkeypatch, capsys):

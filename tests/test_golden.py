@@ -34,7 +34,7 @@ CASES = {
     "blpo cg": f"blpo_continuous --env-id Hopper-v4 {SHORT} --ihvp cg",
     "blpo pcg": f"blpo_continuous --env-id Hopper-v4 {SHORT} --ihvp pcg",
     "blpo released": f"blpo_continuous --env-id Hopper-v4 {SHORT} {AUTHORS}",
-    "blpo control": f"blpo_continuous --env-id Pendulum-v1 {SHORT} --hypergradient control",
+    "blpo mean-c": f"blpo_continuous --env-id Pendulum-v1 {SHORT} --hypergradient mean-c",
     "blpo plain": f"blpo_continuous --env-id Hopper-v4 {SHORT} {PLAIN} --eval-every 2",
     "blpo discrete": f"blpo_discrete --env-id CartPole-v1 {SHORT}",
     "ppo": f"ppo_continuous --env-id Hopper-v4 {SHORT} --eval-stochastic",

@@ -189,13 +189,11 @@ class MDP:
         advantages = blpo.gae(mb.rewards, values, mb.next_rows, mb.discounts, mb.Gamma)
         ratio = np.exp(log_prob.detach().numpy() - mb.logprobs)
         direct = gradient(blpo.policy_loss(ratio, advantages, args.clip_coef)[1])
-        weights = sign = advantages
-        if args.hypergradient != "control":
-            v = blpo.leader_gradient(J, advantages, mb, ratio, args)
-            x, _ = blpo.solve_ihvp(blpo.curvature(critic, mb, J, args), v, args, torch.Generator())
-            weights = blpo.implicit_weights(J @ x, values, advantages, mb, args)
-            sign = advantages if args.hypergradient == "released" else weights
-        implicit = gradient(blpo.implicit_derivative(ratio, weights, sign, args.implicit_clip))
+        v = blpo.leader_gradient(J, advantages, mb, ratio, args)
+        x, _ = blpo.solve_ihvp(blpo.curvature(critic, mb, J, args), v, args, torch.Generator())
+        weights = blpo.implicit_weights(J @ x, values, advantages, mb, args)
+        signs = advantages if args.hypergradient == "released" else weights
+        implicit = gradient(blpo.implicit_derivative(ratio, weights, signs, args.implicit_clip))
         h, _ = blpo.add_bounded(direct, implicit, args.implicit_bound)
         return tuple(map(torch.as_tensor, (direct, h - direct, h)))
 
@@ -405,13 +403,6 @@ def test_released_sign_is_the_reverse_of_the_exact_one(seed, rho, monkeypatch):
     assert torch.cosine_similarity(direct, released, dim=0) > 0.5
 
 
-def test_control_is_an_unnormalised_policy_gradient():
-    mdp = MDP(0)
-    critic = LinearCritic(mdp.best_response(mdp.theta)[0])
-    direct, implicit, _ = mdp.hypergradient(critic, exact_args(mdp, hypergradient="control"))
-    assert torch.allclose(implicit, direct, atol=1e-12)
-
-
 def test_mean_c_is_a_policy_gradient_of_the_old_advantages():
     """With one c for all steps the implicit term points along the policy gradient of the targets' advantages,
     or against it: nothing of the trace c_k is left but its mean."""
@@ -541,7 +532,7 @@ def test_policies_and_their_gradients_equal_autograd(script, hidden, tensors, mo
         expected = flat(
             torch.autograd.grad(e @ log_prob + weight * entropy, list(actor.parameters()), **optional)
         )
-        gradient = torch.as_tensor(found.gradient(kind(e), entropy=weight))
+        gradient = torch.as_tensor(found.gradient(kind(e), entropy_weight=weight))
         assert torch.allclose(gradient, expected, rtol=1e-12, atol=1e-12)
 
 

@@ -231,7 +231,7 @@ def test_table_says_how_far_blpo_is_ahead(recwarn):
     returns = {
         "blpo": (10.0, 12.0, 14.0),
         "nested": (1.0, 3.0, 13.0),
-        "control": (5.0,),
+        "mean-c": (5.0,),
         "ppo-matched": (7.0, 7.0),
     }
     text = tables.table(results_of(returns))
@@ -242,11 +242,11 @@ def test_table_says_how_far_blpo_is_ahead(recwarn):
     # of nine pairs BLPO wins seven: 10 and 12 lose against 13
     ahead = f"{lead - half:.1f} to {lead + half:.1f} | 0.78"
     assert f"| E | nesting only | 3 | 5.7 ± {spread:.1f} | {ahead} | 1.0, 3.0, 13.0 | 6.2 |" in text
-    assert "| E | control: plain advantage | 1 | 5.0 |  |  | 5.0 | 5.5 |" in text
+    assert "| E | BLPO, mean c | 1 | 5.0 |  |  | 5.0 | 5.5 |" in text
     assert "| E | PPO, matched | 2 | 7.0 ± 0.0 |" in text
     assert [line.split(" | ")[1] for line in text.splitlines()[2:]] == [
         "BLPO",
-        "control: plain advantage",
+        "BLPO, mean c",
         "nesting only",
         "PPO, matched",
     ]
@@ -343,10 +343,11 @@ def curve(steps, returns):
 
 def test_areas_and_steps_by_hand():
     rising = curve([100, 200, 400], [math.nan, 2.0, 6.0])
-    # 2 until step 200, then a line to 6 at 400, then 6; the mean of 1,000 steps from 0.8 to 800
-    assert learning.area(rising, 800) == pytest.approx((200 * 2 + 200 * 4 + 400 * 6) / 800, rel=2e-3)
+    # 2 until step 200, then a line to 6 at 400; the mean of 1,000 steps from 0.4 to 400
+    assert learning.area(rising, 400) == pytest.approx((200 * 2 + 200 * 4) / 400, rel=2e-3)
     assert learning.area(rising, 200) == 2.0 and math.isnan(learning.area(rising, 100))
     assert math.isnan(learning.area(curve([1, 2], [math.nan] * 2), 800))
+    assert math.isnan(learning.area(rising, 430)) and learning.area(rising, 420) > 0  # all but a rollout
     assert learning.steps_to(rising, 5.0) == 350 and learning.steps_to(rising, 1.0) == 200
     assert learning.steps_to(rising, 6.1) == math.inf
     assert learning.steps_to(curve([10, 20, 30], [0, 4, 1]), 2) == 15  # the first time
@@ -412,6 +413,9 @@ def test_iqm_difference_by_hand():
     assert difference.value == pytest.approx(2.5 - 0.5)  # (x - 10) / 10: the middle of 1, 2, 3, 99
     assert difference.low < 2 < difference.high
     assert learning.chance(values, "blpo", "ppo-matched", environments).value == pytest.approx(3.5 / 4)
+    assert learning.compare(values, {"E": 10.0}, "nested")[3] == difference
+    assert learning.compare(values, {"E": 20.0}, "nested")[3] is None  # the matched PPO has not learned
+    assert learning.compare(values, {"E": 10.0}, "mine") is None
     single = values | {("F", "blpo"): np.array([1.0]), ("F", "nested"): np.array([1.0, 2])}
     assert learning.shared_environments(single, "blpo", "nested") == ("E",)
 
@@ -429,6 +433,62 @@ def test_the_table_of_learning_speed():
     assert all(float(line[3]) == pytest.approx(1 / 3, abs=0.05) for line in lines)
     assert lines[2][4] == " |" and float(lines[1][4].split()[0]) > 0.5
     assert learning.table(*summary_of({("E", "blpo"): level}, total_timesteps=400)) == ""
+
+
+def test_holm_by_hand():
+    assert learning.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert learning.holm([0.9, 0.5]) == [1.0, 1.0] and learning.holm([0.02]) == [0.02]
+
+
+def test_the_registered_tests_from_the_command_line(tmp_path, capsys):
+    for seed in range(3):
+        for method, final in (("blpo", 10 + seed), ("nested", 9 + seed), ("ppo-matched", 5.0)):
+            write_run(tmp_path / "runs", method, seed, final=final)
+    results.export(tmp_path / "runs", tmp_path / "results")
+    learning.main(["--results-dir", str(tmp_path / "results"), "--against", "ppo-matched", "nested"])
+    _, _, first, second = capsys.readouterr().out.splitlines()
+    method, environments, p_better, interval, p, adjusted = first.strip("| ").split(" | ")
+    assert (method, environments, p_better, interval) == ("ppo-matched", "1", "1.000", "1.000 to 1.000")
+    assert float(p) == pytest.approx(0.1, abs=0.01)
+    assert float(adjusted) == pytest.approx(2 * float(p), rel=0.02)
+    assert second.split(" | ")[2] == f"{7 / 9:.3f}"
+    with pytest.raises(SystemExit, match="no two seeds of blpo and of mean-c"):
+        learning.main(["--results-dir", str(tmp_path / "results")])
+
+
+@pytest.mark.parametrize(
+    "name, damage",
+    [
+        ("summary.csv", lambda text: text.replace('""total_timesteps"": 1920', '""total"": 1')),
+        ("summary.csv", lambda text: text.replace(",10.0,", ",ten,")),
+        ("summary.csv", lambda text: "env_id,seed\nE,1\n"),
+        ("Pendulum-v1__blpo__1.csv", lambda text: text.splitlines()[0]),
+        ("Pendulum-v1__blpo__1.csv", lambda text: text.replace("global_step", "step") + "1,2\n"),
+        ("Pendulum-v1__blpo__1.csv", None),
+    ],
+)
+def test_damaged_results_are_one_line(tmp_path, name, damage):
+    write_run(tmp_path / "runs", "blpo", 1)
+    results.export(tmp_path / "runs", tmp_path / "results")
+    path = tmp_path / "results" / name
+    if damage:
+        assert damage(path.read_text()) != path.read_text()
+        path.write_text(damage(path.read_text()))
+    else:
+        path.unlink()
+    with pytest.raises(SystemExit, match="is damaged") as ended:
+        plot.main(["--results-dir", str(tmp_path / "results"), "--figures-dir", str(tmp_path)])
+    assert str(ended.value).count("\n") == 0
+
+
+def test_runs_of_other_schedules_do_not_mix(tmp_path):
+    old = write_run(tmp_path / "runs", "blpo", 1)  # of a version without the flag
+    write_run(tmp_path / "runs", "blpo", 2, anneal_timesteps=0)
+    results.export(tmp_path / "runs", tmp_path / "results")
+    write_run(tmp_path / "runs", "blpo", 3, anneal_timesteps=10_000)
+    with pytest.raises(SystemExit, match="--anneal_timesteps 10000, not 0"):
+        results.export(tmp_path / "runs", tmp_path / "results")
+    assert old.exists()
 
 
 # The published tables
@@ -470,7 +530,6 @@ def test_published_aggregates_recomputed_without_the_tools():
         "BLPO, released term": "blpo-released",
         "BLPO with CG": "blpo-cg",
         "BLPO with preconditioned CG": "blpo-pcg",
-        "control: plain advantage": "control",
         "nesting only": "nested",
         "PPO, matched": "ppo-matched",
     }
@@ -645,9 +704,9 @@ def test_which_curves_are_in_which_figure():
     }
     # variants alone are drawn among the curves; without BLPO there are no diagnostics
     assert list(figures.curve_figures({("E", "ppo"): [plain]})) == ["curves", "time"]
-    alone = figures.curve_figures({("E", "control"): [plain]})
+    alone = figures.curve_figures({("E", "mean-c"): [plain]})
     assert list(alone) == ["curves", "time"] and legend(alone["curves"].axes[0]) == [
-        "control: plain advantage (n = 1)"
+        "BLPO, mean c (n = 1)"
     ]
 
 
@@ -942,10 +1001,11 @@ def test_from_runs_to_tables_and_figures(tmp_path, capsys):
         "| environment",
         "| over the environments that have all of BLPO, PPO matched and the method",
         "| measure",
+        "no area, since a run has no episode so early or ends before: Pendulum-v1 PPO, CleanRL's flags",
         "| problem",
     ]
     assert "| Pendulum-v1 | BLPO | 2 | 10.0 ± 12.7 |" in blocks[1]
-    assert "| preference, seed 688 | exact (9) | 1 |" in blocks[4]
+    assert "| preference, seed 688 | exact (9) | 1 |" in blocks[5]
     names = {
         "curves",
         "time",

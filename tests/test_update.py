@@ -299,10 +299,6 @@ class BLPOReference(Reference):
     def implicit_term(self, mb, ratio, advantages, old_advantages, targets):
         args, actor, critic = self.args, self.actor, self.critic
         clip = args.implicit_clip
-        if args.hypergradient == "control":
-            self.meet_gate(ratio)
-            return flat_gradient(surrogate(ratio, advantages, clip), actor)
-
         if args.hypergradient != "released":
             f = -lambda_returns(critic, mb, args).mean()
         else:
@@ -384,15 +380,14 @@ def test_exact_updates_are_those_of_the_specification(script, flags, tmp_path):
     [
         ["--hypergradient", "released", "--implicit-bound", 5],
         ["--hypergradient", "released", "--implicit-bound", 5, "--hessian", "full", "--implicit-clip", "inf"],
-        ["--hypergradient", "control"],
         ["--hypergradient", "mean-c"],
         ["--ihvp", "none", "--nested-critic-steps", 4, "--max-grad-norm", 0.4],
     ],
-    ids=["released", "released-full", "control", "mean-c", "none"],
+    ids=["released", "released-full", "mean-c", "none"],
 )
 @pytest.mark.parametrize("script", BLPO)
 def test_updates_of_the_other_modes_are_those_of_the_specification(script, flags, tmp_path):
-    """The released code's term by double differentiation, the control's advantages, nesting alone."""
+    """The released code's term by double differentiation, the mean of c, nesting alone."""
     met = check(script, [*EXACT, *flags], BLPOReference, tmp_path)
     assert_all_matters(met)
 
@@ -414,7 +409,7 @@ FEW += ["--total-timesteps", 512, "--eval-episodes", 0, "--norm-obs", "--norm-re
 RELEASED = ["--hypergradient", "released", "--nystrom-sketch", "columns", "--hessian", "full"]
 PPO_MODES = [[], ["--trajectory-minibatches", "--no-clip-vloss", "--no-joint-grad-clip"]]
 BLPO_MODES = [[], RELEASED, ["--ihvp", "cg"], ["--ihvp", "pcg", "--nystrom-sketch", "gaussian"]]
-BLPO_MODES += [["--hypergradient", "control"], ["--hypergradient", "mean-c"], ["--ihvp", "none"]]
+BLPO_MODES += [["--hypergradient", "mean-c"], ["--ihvp", "none"]]
 MODES = [(script, flags) for script in PPO for flags in PPO_MODES]
 MODES += [(script, flags) for script in BLPO for flags in BLPO_MODES]
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from tools.results import label, style
 
 # Shown beside BLPO in a figure of their own:
-VARIANTS = ("blpo-released", "blpo-cg", "blpo-pcg", "control", "mean-c")
+VARIANTS = ("blpo-released", "blpo-cg", "blpo-pcg", "mean-c")
 RETURN_LABEL = "return, mean of the last 100 episodes"
 STEPS_LABEL = "environment steps (millions)"
 DPI = 120

@@ -9,16 +9,27 @@ Every measure is a dictionary by (env_id, exp_name) of arrays (seeds,), larger i
     final         return_100 at the end
 
 A run's budget is what its step sizes are annealed over: a run that ends early has no AUC and no final return.
-Curves are as results.load_curves returns them, a summary is the list of the lines of summary.csv.
+Curves are as results.load_curves returns them, a summary is the list of the lines of summary.csv. Run as a
+program it tests the hypotheses of docs/results.md:
+
+    python tools/learning.py --results-dir results/quarter
 """
 
 import json
+import sys
 from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import scipy.stats
+import tyro
 
-from tools.results import grouped, label, method_order, run_order, starting_returns
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools.results import grouped, label, load_results, method_order, run_order, starting_returns
 from tools.tables import Estimate, beats, estimate, markdown
 
 POINTS = 1000
@@ -32,9 +43,10 @@ MEASURES = {
 
 
 def area(curve: dict, until: int) -> float:
-    """Mean of return_100 over the steps from 0 to `until`; NaN where no episode ended by then."""
+    """Mean of return_100 over the steps from 0 to `until`; NaN where no episode ended by then, or the run is
+    too short by more than the rounding to whole rollouts."""
     finite = np.isfinite(curve["return_100"])
-    if not finite.any() or curve["global_step"][finite][0] > until:
+    if not finite.any() or curve["global_step"][finite][0] > until or curve["global_step"][-1] < 0.95 * until:
         return np.nan
     steps = np.linspace(0, until, POINTS + 1)[1:]
     return float(np.interp(steps, curve["global_step"][finite], curve["return_100"][finite]).mean())
@@ -57,7 +69,7 @@ def steps_to(curve: dict, level: float) -> float:
 def budget(row: dict) -> int:
     """The steps over which the step sizes of a run are annealed, by its line of the summary."""
     flags = json.loads(row["flags"])
-    return flags.get("anneal_timesteps") or flags["total_timesteps"]
+    return int(flags.get("anneal_timesteps") or flags["total_timesteps"])
 
 
 def is_whole(row: dict) -> bool:
@@ -108,7 +120,7 @@ def chance(values, first: str, second: str, environments) -> Estimate:
 
 def iqm_difference(values, start, first: str, second: str, environments) -> Estimate:
     """Interquartile mean of the first method's runs minus that of the second's, where 0 is where the runs of
-    an environment begin and 1 is the mean of "PPO, matched" in the same measure."""
+    an environment begin and 1 is the mean of "PPO, matched" in the same measure, which must be larger."""
     used = {}
     for env_id in environments:
         unit = values[env_id, "ppo-matched"].mean() - start[env_id]
@@ -138,20 +150,76 @@ def permutation_p(values, first: str, second: str, environments, draws: int = DR
     return float((extreme.sum() + 1) / (draws + 1))
 
 
+def holm(ps: list[float]) -> list[float]:
+    """p values of several hypotheses, adjusted so that all of them may be looked at (Holm, 1979)."""
+    order = np.argsort(ps)
+    factors = np.arange(len(ps), 0, -1)
+    adjusted = np.empty(len(ps))
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(np.array(ps)[order] * factors))
+    return adjusted.tolist()
+
+
+def compare(values, start, method: str) -> tuple:
+    """Number of environments, P(BLPO better), p and the difference of IQMs, None where there is no scale for
+    it. None as a whole where no environment has two seeds of both."""
+    environments = shared_environments(values, "blpo", method)
+    if not environments:
+        return None
+    difference = None
+    scaled = shared_environments(values, "blpo", method, "ppo-matched")
+    if scaled == environments and all(values[env, "ppo-matched"].mean() > start[env] for env in scaled):
+        difference = iqm_difference(values, start, "blpo", method, environments)
+    p = permutation_p(values, "blpo", method, environments)
+    return len(environments), chance(values, "blpo", method, environments), p, difference
+
+
 def table(summary: list[dict], curves) -> str:
-    """Markdown: BLPO against every other method by every measure; empty where there is nothing to compare."""
+    """Markdown: BLPO against every other method by every measure, with a line on what is left out; empty
+    where there is nothing to compare."""
     start = starting_returns(curves)
     rows = []
-    for name, values in measures(summary, curves).items():
+    found = measures(summary, curves)
+    for name, values in found.items():
+        scale = start if name != "steps" else dict.fromkeys(start, np.inf)  # steps may be infinite
         for method in sorted({method for _, method in values} - {"blpo"}, key=method_order):
-            environments = shared_environments(values, "blpo", method, "ppo-matched")
-            if not environments:
-                continue
-            p = f"{permutation_p(values, 'blpo', method, environments):.1g}"
-            difference = ""
-            if name != "steps":  # which may be infinite
-                difference = iqm_difference(values, start, "blpo", method, environments)
-            who = f"{label(method)} ({len(environments)})"
-            rows.append([MEASURES[name], who, chance(values, "blpo", method, environments), p, difference])
+            if compared := compare(values, scale, method):
+                count, chance_, p, difference = compared
+                who = f"{label(method)} ({count})"
+                rows.append([MEASURES[name], who, chance_, f"{p:.2g}", difference or ""])
+    if not rows:
+        return ""
     head = ["measure", "BLPO against (environments)", "P(BLPO better)", "permutation p", "difference of IQMs"]
-    return markdown(head, rows) if rows else ""
+    there = found.get("AUC25", {})
+    missing = [f"{env_id} {label(method)}" for env_id, method in curves if (env_id, method) not in there]
+    note = "\n\nno area, since a run has no episode so early or ends before: " + ", ".join(missing)
+    return markdown(head, rows) + (note if missing else "")
+
+
+@dataclass
+class Args:
+    results_dir: Path = Path("results")
+    """folder of the per-seed CSV files"""
+    measure: Literal["AUC25", "AUC", "steps", "final"] = "AUC25"
+    """what runs are compared by"""
+    against: tuple[str, ...] = ("ppo-matched", "nested", "mean-c")
+    """methods that BLPO is compared with, each by a hypothesis of its own"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints the test of P(blpo > method) = 0.5 for every method of --against."""
+    args = tyro.cli(Args, args=argv, description=__doc__)
+    summary, curves = load_results(args.results_dir)
+    values = measures(summary, curves).get(args.measure, {})
+    compared = {method: compare(values, starting_returns(curves), method) for method in args.against}
+    if absent := [method for method, found in compared.items() if found is None]:
+        sys.exit(f"error: {args.results_dir} has no two seeds of blpo and of {', '.join(absent)} to compare")
+    rows = []
+    for (method, found), adjusted in zip(compared.items(), holm([found[2] for found in compared.values()])):
+        count, chance_, p, _ = found
+        interval = f"{chance_.low:.3f} to {chance_.high:.3f}"
+        rows.append([method, count, f"{chance_.value:.3f}", interval, f"{p:.3g}", f"{adjusted:.3g}"])
+    print(markdown(["BLPO against", "environments", "P", "95 % interval", "p", "p, Holm"], rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -53,10 +53,9 @@ def refuse(message: str) -> NoReturn:
 
 def deep_runs(results_dir: Path, figures_dir: Path) -> str:
     """Draws the figures of summary.csv, of speed.csv and of solvers.csv, and returns the tables."""
-    summary = results.read_csv(results_dir / "summary.csv")
+    summary, curves = results.load_results(results_dir)
     if silent := results.without_episodes(summary):
         print(f"no episode was finished, left out: {', '.join(silent)}")
-    curves = results.load_curves(results_dir, summary)
     aggregates = tables.aggregate(summary, results.starting_returns(curves))
 
     drawn = figures.curve_figures(curves)

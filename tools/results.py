@@ -27,8 +27,7 @@ STYLES = {
     "blpo-released": ("#56B4E9", "--", "BLPO, released term"),
     "blpo-cg": ("#CC79A7", (0, (3, 1, 1, 1)), "BLPO with CG"),
     "blpo-pcg": ("#888888", (0, (3, 1, 1, 1, 1, 1)), "BLPO with preconditioned CG"),
-    "mean-c": ("#E69F00", (0, (3, 1)), "mean c in place of each"),
-    "control": ("#B2912F", "-.", "control: plain advantage"),
+    "mean-c": ("#E69F00", (0, (3, 1)), "BLPO, mean c"),
     "nested": ("#009E73", ":", "nesting only"),
     "nested-clip0.5": ("#66C2A4", (0, (1, 1)), "nesting only, clip 0.5"),
     "ppo-matched": ("#000000", (0, (5, 1)), "PPO, matched"),
@@ -61,6 +60,9 @@ PRIVATE_FLAGS = (
     "track",
     "tensorboard",
 )
+
+# Flags that older runs do not have, with the values at which they would have made no difference.
+LATER_FLAGS = {"anneal_timesteps": 0}
 
 
 def style(method: str):
@@ -164,7 +166,7 @@ def export(runs_dir: Path, results_dir: Path) -> None:
                 raise ValueError("no rows")
             row = summary_row(config, progress[-1], evaluation)
             curve = curve_text(progress)
-        except (ValueError, KeyError) as problem:  # no text, no number, a missing column
+        except (ValueError, KeyError, TypeError) as problem:  # no text, no number, a missing column or cell
             reason = f"{type(problem).__name__}: {problem}"
             sys.exit(f"error: {folder}: progress.csv or evaluation.csv is damaged ({reason})")
         if cut := sum(episode.get("cut") == "1" for episode in evaluation):
@@ -212,9 +214,9 @@ def summary_row(config: dict, last: dict, evaluation: list[dict]) -> dict:
 
 def changed_flags(row: dict, others: list[dict]) -> list[str]:
     """How the flags of a line of the summary differ from the first of the others that has different ones."""
-    flags = json.loads(row["flags"])
+    flags = LATER_FLAGS | json.loads(row["flags"])
     for other in others:
-        theirs = json.loads(other["flags"])
+        theirs = LATER_FLAGS | json.loads(other["flags"])
         common = flags.keys() & theirs.keys()
         if changed := sorted(name for name in common if flags[name] != theirs[name]):
             return [f"--{name} {flags[name]}, not {theirs[name]}" for name in changed]
@@ -266,6 +268,18 @@ def load_curves(results_dir: Path, summary: list[dict]) -> dict[tuple[str, str],
         columns = {column: np.array([float(point[column]) for point in points]) for column in points[0]}
         curves[row["env_id"], row["exp_name"]].append(columns)
     return dict(curves)
+
+
+def load_results(results_dir: Path) -> tuple[list[dict[str, str]], dict]:
+    """The summary and the curves of a folder; ends the program with one line where they are damaged."""
+    try:
+        summary = read_csv(results_dir / "summary.csv")
+        for row in summary:
+            int(json.loads(row["flags"])["total_timesteps"])
+            float(row["return_100"])
+        return summary, load_curves(results_dir, summary)
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as problem:
+        sys.exit(f"error: {results_dir} is damaged ({type(problem).__name__}: {problem})")
 
 
 def starting_returns(curves) -> dict[str, float]:

@@ -132,7 +132,7 @@ def misfit(run: Path) -> bool:
         return True
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     flags = config["flags"]
-    return config["script"] not in SCRIPTS or flags["ihvp"] == "none" or flags["hypergradient"] == "control"
+    return config["script"] not in SCRIPTS or flags["ihvp"] == "none"
 
 
 def setup_ms(script, moment: Moment, hessian: str, repeat: int) -> float:

@@ -116,6 +116,9 @@ def aggregate(summary, start: dict[str, float]) -> dict[str, Aggregate]:
     no aggregate.
     """
     finals = {name: returns for name, returns in grouped(summary).items() if len(returns) > 1}
+    # Where the matched PPO does not learn there is no scale for the others
+    ppo = {env_id: returns for (env_id, name), returns in finals.items() if name == "ppo-matched"}
+    scaled = {env_id for env_id, returns in ppo.items() if returns.mean() > start[env_id]}
     least = min(2, sum(method == "blpo" for _, method in finals))
     blpo_iqm = {}  # by environments: many methods share theirs, and a bootstrap takes a while
     result = {}
@@ -123,7 +126,7 @@ def aggregate(summary, start: dict[str, float]) -> dict[str, Aggregate]:
         environments = tuple(
             env_id
             for env_id, name in finals
-            if name == method and (env_id, "ppo-matched") in finals and (env_id, "blpo") in finals
+            if name == method and (env_id, "blpo") in finals and env_id in scaled
         )
         if not environments or len(environments) < least:
             continue
