@@ -13,7 +13,7 @@ steps with advantages A and lambda-returns R:
 g depends on theta through the distribution of the returns that the critic regresses on. The cross term is a
 policy gradient, with w_k = grad V(s_k) . x and c_k = sum_{t <= k, same episode} (gamma lambda)^{k-t} w_t,
 
-    (grad^2_theta,omega g) x = -(2/B) sum_k c_k A_k grad_theta log pi(a_k | s_k),    A as in R = A + V,
+    (grad^2_theta,omega g) x = -(2/B) sum_k c_k A_k grad_theta log pi(a_k | s_k),    A = R - V_old,
 
 and costs one product with the actor's Jacobian. tests/test_math.py proves it, with the distribution of
 visited states held fixed. Deliberate deviations from the paper: README.md, "Which hypergradient?".
@@ -192,7 +192,7 @@ class Batch(NamedTuple):
     discounts: Array  # (B,): gamma, or 0 where the episode terminated (truncation does not count)
     Gamma: Array  # (M, T, T), the matrix of gae_matrix for each of the M trajectories
     all_obs: Array  # (n, obs_dim): obs, then the true next ones that are not in obs
-    next_rows: Array  # (B,), the row of all_obs that holds the next observation: no row twice
+    next_rows: Array  # (B,), the row of all_obs of the next observation: none twice, so += is safe
 
 
 def gae_matrix(done, gamma: float, gae_lambda: float, dtype=np.float32):
@@ -262,7 +262,7 @@ def minibatches(batch: Batch, args: Args):
             yield made(tuple(chosen.tolist()))
 
 
-# Losses with their derivatives by what a network puts out, and steps along gradients
+# Losses, and their derivatives with respect to V or log pi
 
 
 def critic_loss(values, returns):
@@ -273,7 +273,7 @@ def critic_loss(values, returns):
 
 def policy_loss(ratio, advantages, clip: float):
     """PPO's clipped surrogate, to be minimised, and d loss / d log pi(a|s) (B,): -ratio A / B where the
-    unclipped term is the smaller one, 0 where the clipped one is, which is constant."""
+    unclipped term is at most the clipped one, which is constant, and 0 elsewhere."""
     unclipped = ratio * advantages
     clipped = ratio.clip(1 - clip, 1 + clip) * advantages
     loss = -float(namespace(ratio).minimum(unclipped, clipped).mean())
@@ -289,7 +289,7 @@ def standardized(x):
 
 
 def leader_gradient(J, advantages, mb: Batch, ratio, args: Args):
-    """v = grad_omega f (p,). f is linear in V, because A = Gamma delta and delta = r + discount V' - V: with
+    """v = grad_omega f (p,). The A are linear in V: A = Gamma delta and delta = r + discount V' - V: with
     df/d delta = Gamma^T df/dA, V has -df/d delta and the V' of the step discount * df/d delta.
     exact: f = -mean (A + V), the ratio taken as 1, so that df/dA = -1/B, and V has -1/B more.
     released: f is the clipped surrogate, in which the baseline -V of A counts, as in the authors' code."""

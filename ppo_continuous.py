@@ -224,7 +224,7 @@ def minibatches(batch: Batch, args: Args):
             yield Batch(*(x[steps] for x in batch))
 
 
-# Losses with their derivatives by what a network puts out, and steps along gradients
+# Losses, and their derivatives with respect to V or log pi
 
 
 def critic_loss(values, returns):
@@ -249,7 +249,7 @@ def value_loss(values, mb: Batch, args: Args):
 
 def policy_loss(ratio, advantages, clip: float):
     """PPO's clipped surrogate, to be minimised, and d loss / d log pi(a|s) (B,): -ratio A / B where the
-    unclipped term is the smaller one, 0 where the clipped one is, which is constant."""
+    unclipped term is at most the clipped one, which is constant, and 0 elsewhere."""
     unclipped = ratio * advantages
     clipped = ratio.clip(1 - clip, 1 + clip) * advantages
     loss = -float(namespace(ratio).minimum(unclipped, clipped).mean())
