@@ -38,6 +38,7 @@ class NotFinite(ValueError):
 
 # Arrays of NumPy or PyTorch
 
+
 def namespace(x):
     """The module whose functions take x: numpy, or torch."""
     return np if isinstance(x, np.ndarray) else torch

@@ -412,7 +412,7 @@ def test_iqm_difference_by_hand():
     difference = learning.iqm_difference(values, {"E": 10.0}, "blpo", "nested", environments)
     assert difference.value == pytest.approx(2.5 - 0.5)  # (x - 10) / 10: the middle of 1, 2, 3, 99
     assert difference.low < 2 < difference.high
-    assert learning.chance(values, "blpo", "ppo-matched", environments).value == pytest.approx(3.5 / 4)
+    assert tables.chance_of_improvement(values, "ppo-matched", environments).value == pytest.approx(3.5 / 4)
     assert learning.compare(values, {"E": 10.0}, "nested")[3] == difference
     assert learning.compare(values, {"E": 20.0}, "nested")[3] is None  # the matched PPO has not learned
     assert learning.compare(values, {"E": 10.0}, "mine") is None

@@ -20,7 +20,7 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import scipy.stats
@@ -30,7 +30,8 @@ if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools.results import grouped, label, load_results, method_order, run_order, starting_returns
-from tools.tables import Estimate, beats, estimate, markdown
+from tools.tables import Estimate, beats, chance_of_improvement, environments_with_scale, estimate, iqm
+from tools.tables import markdown, normalised
 
 POINTS = 1000
 DRAWS = 100_000  # of a permutation test
@@ -108,29 +109,15 @@ def shared_environments(values, *methods: str) -> tuple[str, ...]:
     return tuple(env for env in there if all(len(values.get((env, name), ())) > 1 for name in methods))
 
 
-def chance(values, first: str, second: str, environments) -> Estimate:
-    """P(first > second), counted in pairs of runs in each environment, mean over the environments."""
-    used = {(env, method): values[env, method] for env in environments for method in (first, second)}
-
-    def statistic(drawn):
-        return np.mean([beats(drawn[env, first], drawn[env, second]) for env in environments])
-
-    return estimate(used, statistic)
-
-
 def iqm_difference(values, start, first: str, second: str, environments) -> Estimate:
-    """Interquartile mean of the first method's runs minus that of the second's, where 0 is where the runs of
-    an environment begin and 1 is the mean of "PPO, matched" in the same measure, which must be larger."""
+    """Interquartile mean of the first method's runs minus that of the second's, both normalised."""
     used = {}
     for env_id in environments:
-        unit = values[env_id, "ppo-matched"].mean() - start[env_id]
-        for method in (first, second):
-            used[env_id, method] = (values[env_id, method] - start[env_id]) / unit
+        used |= normalised(values, first, [env_id], start) | normalised(values, second, [env_id], start)
 
     def statistic(drawn):
-        runs = {name: [drawn[env_id, name] for env_id in environments] for name in (first, second)}
-        means = {name: scipy.stats.trim_mean(np.concatenate(values), 0.25) for name, values in runs.items()}
-        return means[first] - means[second]
+        means = [iqm(drawn[env_id, name] for env_id in environments) for name in (first, second)]
+        return means[0] - means[1]
 
     return estimate(used, statistic)
 
@@ -159,18 +146,26 @@ def holm(ps: list[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def compare(values, start, method: str) -> tuple:
-    """Number of environments, P(BLPO better), p and the difference of IQMs, None where there is no scale for
-    it. None as a whole where no environment has two seeds of both."""
+class Comparison(NamedTuple):
+    """BLPO and another method by one measure."""
+
+    environments: int
+    chance: Estimate  # P(BLPO better)
+    p: float
+    difference: Estimate | None  # of the interquartile means; None where there is no scale for it
+
+
+def compare(values, start, method: str) -> Comparison | None:
+    """None where no environment has two seeds of both. Without start, returns where runs begin by
+    environment, there is no difference."""
     environments = shared_environments(values, "blpo", method)
     if not environments:
         return None
     difference = None
-    scaled = shared_environments(values, "blpo", method, "ppo-matched")
-    if scaled == environments and all(values[env, "ppo-matched"].mean() > start[env] for env in scaled):
+    if start and set(environments) <= environments_with_scale(values, start):
         difference = iqm_difference(values, start, "blpo", method, environments)
     p = permutation_p(values, "blpo", method, environments)
-    return len(environments), chance(values, "blpo", method, environments), p, difference
+    return Comparison(len(environments), chance_of_improvement(values, method, environments), p, difference)
 
 
 def table(summary: list[dict], curves) -> str:
@@ -180,12 +175,12 @@ def table(summary: list[dict], curves) -> str:
     rows = []
     found = measures(summary, curves)
     for name, values in found.items():
-        scale = start if name != "steps" else dict.fromkeys(start, np.inf)  # steps may be infinite
+        scale = None if name == "steps" else start  # steps may be infinite
         for method in sorted({method for _, method in values} - {"blpo"}, key=method_order):
             if compared := compare(values, scale, method):
-                count, chance_, p, difference = compared
-                who = f"{label(method)} ({count})"
-                rows.append([MEASURES[name], who, chance_, f"{p:.2g}", difference or ""])
+                who = f"{label(method)} ({compared.environments})"
+                cells = [compared.chance, f"{compared.p:.2g}", compared.difference or ""]
+                rows.append([MEASURES[name], who, *cells])
     if not rows:
         return ""
     head = ["measure", "BLPO against (environments)", "P(BLPO better)", "permutation p", "difference of IQMs"]
@@ -210,14 +205,14 @@ def main(argv: list[str] | None = None) -> None:
     args = tyro.cli(Args, args=argv, description=__doc__)
     summary, curves = load_results(args.results_dir)
     values = measures(summary, curves).get(args.measure, {})
-    compared = {method: compare(values, starting_returns(curves), method) for method in args.against}
+    compared = {method: compare(values, None, method) for method in args.against}
     if absent := [method for method, found in compared.items() if found is None]:
         sys.exit(f"error: {args.results_dir} has no two seeds of blpo and of {', '.join(absent)} to compare")
     rows = []
-    for (method, found), adjusted in zip(compared.items(), holm([found[2] for found in compared.values()])):
-        count, chance_, p, _ = found
-        interval = f"{chance_.low:.3f} to {chance_.high:.3f}"
-        rows.append([method, count, f"{chance_.value:.3f}", interval, f"{p:.3g}", f"{adjusted:.3g}"])
+    for (method, found), adjusted in zip(compared.items(), holm([found.p for found in compared.values()])):
+        value, low, high = found.chance
+        chance = [f"{value:.3f}", f"{low:.3f} to {high:.3f}"]
+        rows.append([method, found.environments, *chance, f"{found.p:.3g}", f"{adjusted:.3g}"])
     print(markdown(["BLPO against", "environments", "P", "95 % interval", "p", "p, Holm"], rows))
 
 

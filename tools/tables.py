@@ -78,19 +78,32 @@ def estimate(finals, statistic) -> Estimate:
     return Estimate(float(statistic(finals)), *bootstrap(finals, statistic))
 
 
-def normalised_iqm(finals, method: str, environments, start) -> Estimate:
-    """Interquartile mean of a method's normalised returns, all runs on the environments taken together.
+def environments_with_scale(finals, start) -> set[str]:
+    """Those in which "PPO, matched" learns, by the mean of at least two runs: without it there is no scale
+    for the others."""
+    ppo = {env_id: returns for (env_id, name), returns in finals.items() if name == "ppo-matched"}
+    return {env_id for env_id, returns in ppo.items() if len(returns) > 1 and returns.mean() > start[env_id]}
+
+
+def normalised(finals, method: str, environments, start) -> dict:
+    """A method's part of finals on the scale on which 0 is where the runs of an environment begin and 1 is
+    the mean of "PPO, matched".
 
     start: return where runs begin, by environment. KeyError if an environment lacks it, the method or
     "ppo-matched".
     """
     unit = {env_id: finals[env_id, "ppo-matched"].mean() - start[env_id] for env_id in environments}
+    return {(env, method): (finals[env, method] - start[env]) / unit[env] for env in environments}
 
-    def statistic(returns):
-        normalised = [(values - start[env_id]) / unit[env_id] for (env_id, _), values in returns.items()]
-        return scipy.stats.trim_mean(np.concatenate(normalised), 0.25)
 
-    return estimate({(env_id, method): finals[env_id, method] for env_id in environments}, statistic)
+def iqm(returns) -> float:
+    """Interquartile mean of several groups of runs taken together."""
+    return float(scipy.stats.trim_mean(np.concatenate(list(returns)), 0.25))
+
+
+def normalised_iqm(finals, method: str, environments, start) -> Estimate:
+    """Interquartile mean of a method's normalised returns, all runs on the environments taken together."""
+    return estimate(normalised(finals, method, environments, start), lambda drawn: iqm(drawn.values()))
 
 
 def chance_of_improvement(finals, method: str, environments) -> Estimate:
@@ -116,9 +129,7 @@ def aggregate(summary, start: dict[str, float]) -> dict[str, Aggregate]:
     no aggregate.
     """
     finals = {name: returns for name, returns in grouped(summary).items() if len(returns) > 1}
-    # Where the matched PPO does not learn there is no scale for the others
-    ppo = {env_id: returns for (env_id, name), returns in finals.items() if name == "ppo-matched"}
-    scaled = {env_id for env_id, returns in ppo.items() if returns.mean() > start[env_id]}
+    scaled = environments_with_scale(finals, start)
     least = min(2, sum(method == "blpo" for _, method in finals))
     blpo_iqm = {}  # by environments: many methods share theirs, and a bootstrap takes a while
     result = {}
