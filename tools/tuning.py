@@ -1,7 +1,7 @@
 r"""A search over minibatches, step sizes and so on, the same for PPO, nesting and BLPO.
 
-Configurations 1 to 24 are drawn once, by a seed, so that every level of a factor is in equally many of them.
-By chance number 3 is what the scripts had as defaults before the search.
+Configuration 0 is what the scripts had as defaults before the search. Numbers 1 to 24 are drawn once, by a
+seed, so that every level of a factor is in equally many of them.
 
     python tools/tuning.py commands --seeds 101 | xargs -d "\n" -P 2 -I {} sh -c {}
     python tools/tuning.py collect    # results/tuning.csv, a line per finished run
@@ -41,7 +41,7 @@ FACTORS = {
     "of": ("one window", "windows of 32", "windows of 16", "steps"),
     "epochs": (5, 10),
     "actor_lr": (3e-4, 6e-4),
-    "clip": (0.2, 0.3),
+    "clip": (0.2, 0.3, 0.5),
     "nested_critic_steps": (1, 2, 4),  # of nesting and BLPO
     "critic": ("separate", "joint"),  # of PPO: as BLPO's, or CleanRL's loss, step size and clipping
 }
@@ -59,14 +59,17 @@ class Configuration(NamedTuple):
     critic: str
 
 
-def configurations() -> dict[int, Configuration]:
-    """Those that are drawn, by number."""
+BEFORE = Configuration(256, "one window", 5, 6e-4, 0.2, 2, "separate")
+
+
+def configurations() -> list[Configuration]:
+    """BEFORE, then those that are drawn."""
     rng = np.random.default_rng(0)
     columns = []
     for levels in FACTORS.values():
         column = levels * (CONFIGURATIONS // len(levels))
         columns.append([column[i] for i in rng.permutation(CONFIGURATIONS)])
-    return {number: Configuration(*row) for number, row in enumerate(zip(*columns), 1)}
+    return [BEFORE, *(Configuration(*row) for row in zip(*columns))]
 
 
 def flags_of(method: str, chosen: Configuration) -> list[str]:
@@ -100,7 +103,7 @@ class Args:
     """of the commands, and runs that the table counts: configurations that lack one of them are left out"""
     methods: tuple[Literal["ppo", "nested", "blpo"], ...] = METHODS
     """of the commands"""
-    only: tuple[int, ...] = tuple(range(1, CONFIGURATIONS + 1))
+    only: tuple[int, ...] = tuple(range(CONFIGURATIONS + 1))
     """numbers of configurations, of the commands"""
     steps: int = 300_000
     """environment steps of a run, of the 1,000,000 over which step sizes anneal"""
