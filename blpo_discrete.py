@@ -55,11 +55,7 @@ class Args(RunFlags):
     num_steps: Count = 128
     """steps of each environment per rollout, T"""
     num_minibatches: Count = 4
-    """minibatches per epoch: must divide num_envs, or num_envs * num_steps with --minibatches steps"""
-    minibatches: Literal["trajectories", "steps"] = "trajectories"
-    """"trajectories": an update on whole trajectories, one minibatch after the other; "steps": once an epoch all
-    steps of the critic, then advantages and weights of the whole rollout, then all of the actor, on steps
-    drawn at random"""
+    """minibatches per epoch, of whole trajectories: must divide num_envs"""
     update_epochs: Count = 4
     """passes over a rollout"""
     actor_lr: UnitStep = 2.5e-4
@@ -114,8 +110,8 @@ def check_args(args: Args) -> None:
     """Rules between several flags; the range of a single one is part of its type."""
     rollout = args.num_envs * args.num_steps
     args.require("total_timesteps", args.total_timesteps >= rollout, f"be a rollout at least, {rollout}")
-    samples = args.num_envs if args.minibatches == "trajectories" else rollout
-    args.require("num_minibatches", samples % args.num_minibatches == 0, f"divide {samples}")
+    divides = args.num_envs % args.num_minibatches == 0
+    args.require("num_minibatches", divides, f"divide --num-envs {args.num_envs}")
     args.require("num_steps", rollout * args.num_steps < 2**31, "keep num_envs * num_steps^2 below 2^31")
     enough = rollout >= (2 if args.norm_adv else 1) * args.num_minibatches
     args.require("num_minibatches", enough, "leave two steps to a minibatch, or come with --no-norm-adv")
@@ -261,18 +257,8 @@ def minibatches(batch: Batch, args: Args):
     """Those of all epochs. Minibatches of one trajectory come again in every epoch, and are made once."""
     made = lru_cache(args.num_minibatches)(partial(trajectories, batch))  # BLPO:
     for _ in range(args.update_epochs):
-        if args.minibatches == "steps":
-            yield batch
-            continue
         for chosen in torch.randperm(args.num_envs).chunk(args.num_minibatches):
             yield made(tuple(chosen.tolist()))
-
-
-def parts_of(mb: Batch, args: Args):  # BLPO:
-    """The rows of mb for a step along a gradient each: all of them, or shuffled."""
-    if args.minibatches == "trajectories":
-        return [slice(None)]
-    return [rows.numpy() for rows in torch.randperm(len(mb.obs)).chunk(args.num_minibatches)]
 
 
 # Losses, and their derivatives with respect to V or log pi
@@ -426,55 +412,45 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 # BLPO: 1. nesting: the critic best-responds before the actor moves
                 losses = []
                 for _ in range(args.nested_critic_steps):
-                    for rows in parts_of(mb, args):
-                        J = critic.jacobian(mb.obs[rows])
-                        loss, dloss_dV = critic_loss(J.outputs[:, 0], mb.returns[rows])
-                        critic_adam.step(dloss_dV[:, None] @ J)
-                        losses.append(loss)
-                        metrics.add(skipped_updates=critic_adam.skipped)
+                    J = critic.jacobian(mb.obs)
+                    loss, dloss_dV = critic_loss(J.outputs[:, 0], mb.returns)
+                    critic_adam.step(dloss_dV[:, None] @ J)
+                    losses.append(loss)
+                    metrics.add(skipped_updates=critic_adam.skipped)
                 J = critic.jacobian(mb.all_obs)  # BLPO: for advantages under its best response
                 values = J.outputs[:, 0]
                 advantages = gae(mb.rewards, values, mb.next_rows, mb.discounts, mb.Gamma)
-                nested_loss = critic_loss(values[: len(mb.obs)], mb.returns)[0]
-                metrics.add(critic_loss=losses[0], critic_loss_nested=nested_loss)
                 lap("critic")
 
-                # BLPO: the weights of the implicit term
+                # grad_theta f, PPO's: clipped surrogate, normalised advantages, entropy bonus
+                policy = actor.policy(mb.obs, mb.actions)
+                logratio = policy.log_prob - mb.logprobs
+                ratio = namespace(logratio).exp(logratio)
+                normalized = standardized(advantages) if args.norm_adv else advantages
+                loss, dloss_dlogp = policy_loss(ratio, normalized, args.clip_coef)
+                loss -= args.ent_coef * policy.entropy()
+                actor_grad = policy.gradient(dloss_dlogp, entropy_weight=-args.ent_coef)
+
+                # BLPO: the hypergradient h, along which the actor then steps (5)
                 if args.ihvp != "none":
-                    policy = actor.policy(mb.obs, mb.actions)
-                    ratio = namespace(policy.log_prob).exp(policy.log_prob - mb.logprobs)
+                    lap("actor")
                     v = leader_gradient(J, advantages, mb, ratio, args)  # 2
                     H = curvature(critic, mb, J, args)
                     x, correction = solve_ihvp(H, v, args, parts["sketch"])  # 3
                     weights = implicit_weights(J @ x, values, advantages, mb, args)
                     signs = advantages if args.hypergradient == "released" else weights
-                    metrics.add(ihvp_correction=correction)
+                    implicit = policy.gradient(implicit_derivative(ratio, weights, signs, args.implicit_clip))
+                    actor_grad, info = add_bounded(actor_grad, implicit, args.implicit_bound)  # 4
+                    metrics.add(ihvp_correction=correction, **info)
                     lap("hypergradient")
 
-                for rows in parts_of(mb, args):
-                    # grad_theta f, PPO's: clipped surrogate, normalised advantages, entropy bonus
-                    policy = actor.policy(mb.obs[rows], mb.actions[rows])
-                    logratio = policy.log_prob - mb.logprobs[rows]
-                    ratio = namespace(logratio).exp(logratio)
-                    normalized = standardized(advantages[rows]) if args.norm_adv else advantages[rows]
-                    loss, dloss_dlogp = policy_loss(ratio, normalized, args.clip_coef)
-                    loss -= args.ent_coef * policy.entropy()
-                    actor_grad = policy.gradient(dloss_dlogp, entropy_weight=-args.ent_coef)
-
-                    # BLPO: the hypergradient h, along which the actor then steps (5)
-                    if args.ihvp != "none":
-                        lap("actor")
-                        dimplicit = implicit_derivative(ratio, weights[rows], signs[rows], args.implicit_clip)
-                        implicit = policy.gradient(dimplicit)
-                        actor_grad, info = add_bounded(actor_grad, implicit, args.implicit_bound)  # 4
-                        metrics.add(**info)
-                        lap("hypergradient")
-
-                    actor_adam.step(actor_grad)
-                    metrics.add(skipped_updates=actor_adam.skipped)
-                    metrics.add(policy_loss=loss, approx_kl=(ratio - 1 - logratio).mean())
-                    metrics.add(clip_fraction=(abs(ratio - 1) > args.clip_coef).sum() / len(ratio))
-                    lap("actor")
+                actor_adam.step(actor_grad)
+                metrics.add(skipped_updates=actor_adam.skipped)
+                nested_loss = critic_loss(values[: len(ratio)], mb.returns)[0]
+                metrics.add(critic_loss=losses[0], critic_loss_nested=nested_loss)
+                metrics.add(policy_loss=loss, approx_kl=(ratio - 1 - logratio).mean())
+                metrics.add(clip_fraction=(abs(ratio - 1) > args.clip_coef).sum() / len(ratio))
+                lap("actor")
 
             metrics.add(entropy=actor.policy(batch.obs, batch.actions).entropy())
             metrics.add(explained_variance=explained_variance)
