@@ -91,7 +91,7 @@ method_command() { # sets script and method_flags for method $1 and $2 (continuo
     method_flags=()
     case $1 in
         blpo) ;;
-        blpo-released | blpo-start | mean-c) method_flags=(--hypergradient "${1#blpo-}") ;;
+        blpo-released | mean-c) method_flags=(--hypergradient "${1#blpo-}") ;;
         blpo-cg | blpo-pcg) method_flags=(--ihvp "${1#blpo-}") ;;
         nested | nested-clip0.5) method_flags=(--ihvp none) ;;
         ppo) script=ppo_$2.py ;; # CleanRL's details and flags

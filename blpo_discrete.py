@@ -87,9 +87,9 @@ class Args(RunFlags):
     """critic steps per actor step, K_omega"""
     ihvp: Literal["nystrom", "cg", "pcg", "none"] = "nystrom"
     """solver of step 3; "pcg" is CG preconditioned by the Nystrom sketch, "none" is nesting only"""
-    hypergradient: Literal["exact", "start", "mean-c", "released"] = "exact"
+    hypergradient: Literal["exact", "mean-c", "released"] = "exact"
     """"exact": the derivative with the distribution of visited states held fixed; "mean-c": each c_k replaced
-    by their mean, a control; "start": exact, of a leader that is the mean of V(s_0); "released": as in the authors' code"""
+    by their mean, a control; "released": as in the authors' code"""
     nystrom_rank: Natural = 2
     """Hessian-vector products in the sketch"""
     nystrom_rho: Positive = 50.0
@@ -293,12 +293,6 @@ def leader_gradient(J, advantages, mb: Batch, ratio, args: Args):
     exact: f = -mean (A + V), the ratio taken as 1, so that df/dA = -1/B, and V has -1/B more.
     released: f is the clipped surrogate, in which the baseline -V of A counts, as in the authors' code."""
     B = len(advantages)
-    if args.hypergradient == "start":  # f = -mean V(s_0) of the episodes that begin in the batch, or of all its states
-        first = np.flatnonzero(mb.next_rows[:-1] >= B) + 1
-        first = first[first % mb.Gamma.shape[-1] > 0]
-        df_dV = namespace(ratio).zeros_like(J.outputs)
-        df_dV[first if len(first) else slice(0, B)] = -1 / max(len(first), 1) if len(first) else -1 / B
-        return df_dV @ J
     df_dA = namespace(ratio).full_like(ratio, -1 / B)
     if args.hypergradient == "released":
         clipped = ratio.clip(1 - args.clip_coef, 1 + args.clip_coef)
