@@ -428,6 +428,45 @@ def test_mean_c_is_a_policy_gradient_of_the_old_advantages():
     assert not torch.allclose(implicit, exact, rtol=1e-2)
 
 
+class Known:
+    """A Jacobian that is given as a matrix (n, p)."""
+
+    __array_ufunc__ = None
+
+    def __init__(self, matrix, outputs):
+        self.matrix, self.outputs = matrix, outputs
+
+    def __rmatmul__(self, s):
+        return s[:, 0] @ self.matrix
+
+
+def test_interior_values_enter_the_leader_equally():
+    """docs/hypergradient.md: away from the window's ends the leader has the coefficient
+    -gamma (1 - lambda) / ((1 - gamma lambda) B) at every V(s_t). With a critic that can represent a constant
+    and small damping, the factors 1 - 2 c_k are therefore 1 + kappa times the trace of a constant, kappa the
+    coefficient without -1/B, which away from the ends is 1 + gamma (1 - lambda) / (1 - gamma lambda)^2."""
+    T = 2000
+    args = blpo.Args(num_envs=1, num_steps=T, gamma=0.97, gae_lambda=0.9)
+    Gamma = blpo.gae_matrix(np.zeros((1, T), bool), args.gamma, args.gae_lambda, np.float64)
+    nothing = np.zeros(T)
+    all_obs, next_rows = blpo.with_next(np.zeros((T, 1)), np.zeros((T, 1)), np.arange(T) == T - 1)
+    known = (nothing, np.full(T, args.gamma), Gamma, all_obs, next_rows)
+    batch = blpo.Batch(all_obs[:T], nothing, nothing, np.ones(T), nothing, *known)
+    outputs = np.zeros((T + 1, 1))
+
+    identity = np.eye(T + 1)
+    v = blpo.leader_gradient(Known(identity, outputs), nothing, batch, np.ones(T), args)
+    kappa = args.gamma * (1 - args.gae_lambda) / (1 - args.gamma * args.gae_lambda)
+    assert np.allclose(v[200 : T - 200] * T, -kappa, rtol=1e-6)
+    assert abs(v[0] * T + kappa) > 0.1  # near the ends it has another one
+
+    constant = Known(np.ones((T + 1, 1)), outputs)
+    v = blpo.leader_gradient(constant, nothing, batch, np.ones(T), args)
+    x = v / (2 + 1e-9)  # H = 2, and hardly any damping
+    factors = 1 + blpo.implicit_weights(constant.matrix @ x[:, None], nothing, nothing, batch, args)
+    assert factors[200] == pytest.approx(1 + kappa / (1 - args.gamma * args.gae_lambda), rel=0.02)
+
+
 def derivative(loss, x):
     """Of loss(x) by x, by autograd."""
     x = torch.as_tensor(x).clone().requires_grad_()

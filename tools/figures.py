@@ -1,4 +1,4 @@
-"""All figures of the deep runs, of speed.csv (by speed.py --csv) and of solvers.csv (by solvers.py).
+"""All figures of the deep runs, and of speed.csv, solvers.csv and gate.csv (tools of the same names).
 
 Every `draw_` function returns a matplotlib Figure that belongs to nobody else: no pyplot, no backend, no
 global state. `save` writes it as png and pdf. Bands are 95 % intervals, by bootstrap over seeds.
@@ -300,5 +300,38 @@ def draw_solvers(rows: list[dict]) -> Figure:
         title="filled: Gauss–Newton products\nhollow, dotted: full Hessian",
         title_fontsize=6.5,
     )
+    figure.tight_layout()
+    return figure
+
+
+def draw_gate(rows: list[dict], weights: list[dict]) -> Figure:
+    """Left the factors 1 - 2 c_k of single minibatches, right the cosines of every variant, the mean marked.
+
+    rows: of gate.csv, not empty: variant, cosine; weights: of gate_weights.csv: env_id, steps, age, factor.
+    """
+    figure = Figure(figsize=(10, 3.8))
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
+    environments = list(dict.fromkeys(row["env_id"] for row in weights))
+    markers = dict(zip(dict.fromkeys(row["steps"] for row in weights), "o^sv"))
+    for env_id, colour in zip(environments, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")):
+        for steps, marker in markers.items():
+            chosen = [row for row in weights if (row["env_id"], row["steps"]) == (env_id, steps)]
+            ages = [int(row["age"]) for row in chosen]
+            factors = [float(row["factor"]) for row in chosen]
+            name = f"{env_id}, {int(steps) // 1000}k steps"
+            left.plot(ages, factors, marker, color=colour, markersize=2.5, alpha=0.5, linewidth=0, label=name)
+    left.set(xlabel="steps since the window or the episode began", ylabel="factor 1 − 2c of an advantage")
+    left.legend(fontsize=7, frameon=False, markerscale=2)
+
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    for y, variant in enumerate(reversed(variants)):
+        cosines = np.array([float(row["cosine"]) for row in rows if row["variant"] == variant])
+        right.plot(cosines, np.full(len(cosines), y), "|", color="#0072B2", markersize=7, alpha=0.5)
+        right.plot(cosines.mean(), y, "o", color="black", markersize=5)
+    right.axvline(0.9, color="grey", linewidth=0.8)
+    right.set(xlabel="cosine of policy gradient and hypergradient", yticks=range(len(variants)))
+    right.set_yticklabels(list(reversed(variants)))
+    for axis in (left, right):
+        axis.grid(alpha=0.25)
     figure.tight_layout()
     return figure

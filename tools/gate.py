@@ -13,15 +13,18 @@ prints means over minibatches of
                   regression on the trace of a constant, sum_{t <= k, same episode} (gamma lambda)^{k-t}
     factor, sd    mean and standard deviation of 1 - 2 c_k
 
+and, as a scale, the cosine between grad_theta f on one minibatch and on the next (column "next").
+
 A variant that nearly keeps the direction, or whose weights say where a step lies and nothing about its state,
 needs no training run. Linear systems are solved exactly, in float64, with the Gauss-Newton matrix.
 
-The run is copied and goes on from its last checkpoint but one; it must be one of blpo_continuous.py with
-minibatches of one trajectory each.
+A run is copied and goes on from its last checkpoint but one; it must be one of blpo_continuous.py, with
+minibatches of one trajectory each and four iterations left from there. What is measured is written to
+gate.csv, a row per run, minibatch and variant, and to gate_weights.csv the default's factors at the steps of
+the first minibatch of a run; plot.py draws both.
 """
 
 import copy
-import csv
 import json
 import shutil
 import sys
@@ -41,72 +44,55 @@ import tyro
 import blpo_continuous as script
 from jacobian import flatten, jacobian_of
 from tools.solvers import Enough, in_precision
+from tools.results import write_csv
 from tools.tables import markdown
 
 WINDOWS = 4  # consecutive windows of the same environment that a moment knows
+COLUMNS = ("cosine", "position", "factor", "sd")
 
 
 class Moment(NamedTuple):
-    """A minibatch of one trajectory at the point of a run at which its hypergradient is due, and the windows
-    of that environment before it: WINDOWS of T steps each, the last of which is the minibatch."""
+    """A minibatch of one trajectory when its hypergradient is due, and the windows of that environment before
+    it: WINDOWS of T steps each, the last of which is the minibatch."""
 
     actor: script.Actor
     critic: script.Critic  # in float64, after its best response
-    old_critic: script.Critic  # in float64, as it was when the iteration began
+    old_critic: script.Critic  # in float64, as it was when the iteration began: that of the targets
     obs: np.ndarray  # (WINDOWS, T, obs_dim)
     next_obs: np.ndarray  # (WINDOWS, T, obs_dim)
     actions: np.ndarray  # (WINDOWS, T, action_size)
     rewards: np.ndarray  # (WINDOWS, T)
     terminated: np.ndarray  # (WINDOWS, T)
     done: np.ndarray  # (WINDOWS, T)
-    logprobs: np.ndarray  # (WINDOWS, T), under the policy that acted
+    logprobs: np.ndarray  # (WINDOWS, T), under the policies that acted
     args: script.Args
 
 
-class Terms(NamedTuple):
-    """What a variant makes of a moment: B steps, with g = -sum_k e_k (1 - 2 c_k) A_k grad log pi / B."""
-
-    c: np.ndarray  # (B,)
-    position: np.ndarray  # (B,), the same trace of a constant
-    direct: np.ndarray  # (p,) grad_theta f
-    implicit: np.ndarray  # (p,) minus the cross term
-
-
-def copied_actor(actor):
-    other = copy.deepcopy(actor)
-    other.vector = flatten(other)
-    other.jacobian = jacobian_of(other.net)
-    return other
-
-
 def moments(run: Path, count: int) -> list[Moment]:
-    """The first `count` moments of the fourth iteration after a run's last checkpoint but one."""
-    rollouts, taken, acting = [], [], {}
-    make_batch, leader_gradient, curvature = script.make_batch, script.leader_gradient, script.curvature
+    """The first `count` moments of the iterations after a run's last checkpoint but one that have so many
+    windows behind them; fewer where the run ends."""
+    rollouts, taken, seen = [], [], {}
+    make_batch, curvature = script.make_batch, script.curvature
 
     def see_rollout(rollout, actor, critic, args):
         batch, explained_variance = make_batch(rollout, actor, critic, args)
         logprobs = batch.logprobs.reshape(args.num_envs, args.num_steps)
         rollouts.append([x.copy() for x in (*rollout, logprobs)])
-        acting["actor"], acting["old_critic"] = actor, in_precision(critic, torch.float64)
+        seen["actor"], seen["critic"] = actor, in_precision(critic, torch.float64)
         return batch, explained_variance
 
-    def see_minibatch(J, advantages, mb, ratio, args):
-        acting["obs"] = mb.obs
-        return leader_gradient(J, advantages, mb, ratio, args)
-
-    def see_critic(critic, mb, J, args):
+    def see_minibatch(critic, mb, J, args):
         if len(rollouts) >= WINDOWS:
             windows = rollouts[-WINDOWS:]
             n = next(n for n, obs in enumerate(windows[-1][0]) if np.array_equal(obs, mb.obs))
-            streams = [np.stack([window[i][n] for window in windows]) for i in range(len(windows[0]))]
-            critics = in_precision(critic, torch.float64), acting["old_critic"]
-            taken.append(Moment(copied_actor(acting["actor"]), *critics, *streams, args))
+            streams = (np.stack([window[i][n] for window in windows]) for i in range(len(windows[-1])))
+            critics = in_precision(critic, torch.float64), seen["critic"]
+            taken.append(Moment(copied(seen["actor"]), *critics, *streams, args))
         if len(taken) == count:
             raise Enough
         return curvature(critic, mb, J, args)
 
-    script.make_batch, script.leader_gradient, script.curvature = see_rollout, see_minibatch, see_critic
+    script.make_batch, script.curvature = see_rollout, see_minibatch
     try:
         with tempfile.TemporaryDirectory() as folder:
             going = shutil.copytree(run, Path(folder) / run.name)
@@ -114,42 +100,58 @@ def moments(run: Path, count: int) -> list[Moment]:
     except Enough:
         pass
     finally:
-        script.make_batch, script.leader_gradient = make_batch, leader_gradient
-        script.curvature = curvature
+        script.make_batch, script.curvature = make_batch, curvature
     return taken
 
 
-# Pieces
+def copied(actor: script.Actor) -> script.Actor:
+    """An actor with arrays of its own."""
+    other = copy.deepcopy(actor)
+    other.vector = flatten(other)
+    other.jacobian = jacobian_of(other.net)
+    return other
+
+
+# The hypergradient
+
+
+class Terms(NamedTuple):
+    """What a variant makes of the B steps of a moment: h = direct + implicit."""
+
+    c: np.ndarray  # (B,), the trace of w
+    position: np.ndarray  # (B,), the same trace of a constant
+    direct: np.ndarray  # (p,), grad_theta f
+    implicit: np.ndarray  # (p,), minus the cross term
 
 
 def rows(J):
     """J as a matrix (n, p), of a network with one output."""
-    n = len(J.outputs)
     parts = []
     for a, g in zip(J.inputs, J.single):
-        parts += [(g[:, :, None] * a[:, None, :]).reshape(n, -1), g]
+        parts += [(g[:, :, None] * a[:, None, :]).reshape(len(a), -1), g]
     return np.concatenate(parts, 1)
 
 
 def solved(J, v, rho: float):
-    """J x (B,) for x = ((2/B) J^T J + rho I)^{-1} v, from J (B, p): a system of B equations."""
+    """x = ((2/B) J^T J + rho I)^{-1} v (p,), exactly, from J (B, p): a system of B equations."""
     B = len(J)
-    kernel = J @ J.T
-    inner = np.linalg.solve(kernel + rho * B / 2 * np.eye(B), J @ v)
-    return (J @ v - kernel @ inner) / rho
+    return (v - J.T @ np.linalg.solve(J @ J.T + rho * B / 2 * np.eye(B), J @ v)) / rho
 
 
-def traces(done, args, weights=None):
-    """Gamma (T, T) of one trajectory; with weights (T,) of its steps, entry (t, k) has their product from t to
-    k - 1 besides."""
+def traces(done, args, weights):
+    """Gamma (T, T) of one trajectory, entry (t, k) times the product of the weights (T,) from t to k - 1."""
     Gamma = script.gae_matrix(done[None], args.gamma, args.gae_lambda, np.float64)[0]
-    if weights is None:
-        return Gamma
     logs = np.concatenate([[0.0], np.log(weights)]).cumsum()[:-1]
     return Gamma * np.exp(np.minimum(logs[None, :] - logs[:, None], 0.0))
 
 
-# Variants
+def trained(J, critic: script.Critic, features: str):
+    """The columns of J (n, p) that belong to the parameters of the critic that respond."""
+    if features == "no output bias":
+        return J[:, :-1]
+    if features == "head":
+        return J[:, -critic.value[-1].in_features - 1 : -1]
+    return J
 
 
 def hypergradient(
@@ -162,62 +164,48 @@ def hypergradient(
 ) -> Terms:
     """The two terms of the hypergradient of a moment.
 
-    rho: damping, None for that of the run. windows: how many of the last ones are in the batch, those before
-    the minibatch with importance weights. carried: the traces c_k begin in the window before. leader:
-    "return" is the mean of A + V; "start" the mean of V over first states of episodes, and over all states
-    where the batch has none. features: parameters of the critic that best-respond: "all", "no output bias",
-    or "head", the output layer alone, without its bias.
+    rho: damping, None for that of the run. windows: how many of them are in the batch; if not just the
+    minibatch, steps have importance weights, cut off at 1 as in Retrace. carried: the traces c_k begin in the
+    window before. leader: "return" is the mean of A + V, "start" the mean of V at the first states of the
+    episodes that begin in the batch, or at all states if none does. features: the parameters of the critic
+    that respond: "all", "no output bias", or "head", the output layer alone, without its bias.
     """
     args = moment.args
-    used = windows + carried
-    T = moment.done.shape[1]
-    obs, next_obs, actions, rewards, terminated, done, logprobs = (
-        x[-used:].reshape(used * T, *x.shape[2:]) for x in moment[3:10]
-    )
-    discounts = args.gamma * (1 - terminated.astype(float))
-    policy = moment.actor.policy(obs, actions)
-    ratio = np.exp((policy.log_prob - logprobs).astype(float))
-    weights = np.minimum(ratio, 1) if windows > 1 else np.ones(used * T)
-    Gamma = traces(done, args, weights if windows > 1 else None)
-    batch = slice(carried * T, None)  # what the losses are means over
-    B = windows * T
-
-    J = rows(moment.critic.jacobian(obs.astype(float)))
-    J_next = rows(moment.critic.jacobian(next_obs.astype(float)))
-    if features == "no output bias":
-        J, J_next = J[:, :-1], J_next[:, :-1]
-    elif features == "head":
-        hidden = moment.critic.value[-1].in_features
-        J, J_next = J[:, -hidden - 1 : -1], J_next[:, -hidden - 1 : -1]
-
-    values, next_values = (moment.old_critic.jacobian(x.astype(float)).outputs[:, 0] for x in (obs, next_obs))
-    inside = traces(done[batch], args, weights[batch] if windows > 1 else None)
-    advantages = inside @ (weights * (rewards + discounts * next_values - values))[batch]
-
     rho = args.nystrom_rho if rho is None else rho
-    if leader == "return":
-        df_ddelta = -weights[batch] * inside.sum(0) / B
-        v = J[batch].T @ (-df_ddelta - 1 / B) + J_next[batch].T @ (discounts[batch] * df_ddelta)
-    else:
-        first = np.flatnonzero(np.concatenate([[False], done[batch][:-1]]))
-        first = first if len(first) else np.arange(B)
-        v = -J[batch][first].mean(0)
-
-    if carried:  # w at the steps of the window before as well, by the same x
-        system = J[batch] @ J[batch].T + rho * B / 2 * np.eye(B)
-        x = (v - J[batch].T @ np.linalg.solve(system, J[batch] @ v)) / rho
-        w = J @ x
-    else:
-        w = solved(J, v, rho)
-    c = (Gamma.T @ w)[batch]
-    position = traces(done[batch], args).sum(0)
+    T = moment.done.shape[1]
+    B = windows * T
+    before = carried * T  # steps of the window before, which are not in the batch
+    streams = (x[-windows - carried :] for x in moment[3:10])
+    streams = (x.reshape(B + before, *x.shape[2:]) for x in streams)
+    obs, next_obs, actions, rewards, terminated, done, logprobs = streams
+    batch = slice(before, None)
 
     policy = moment.actor.policy(obs[batch], actions[batch])
-    importance = weights[batch] if windows > 1 else ratio[batch]
+    ratio = np.exp((policy.log_prob - logprobs[batch]).astype(float))
+    weights = np.minimum(ratio, 1.0) if windows > 1 else np.ones(B)
+    Gamma = traces(done[batch], args, weights)
 
-    def gradient(coefficients):
-        return policy.gradient((-importance * coefficients / B).astype(np.float32)).astype(float)
+    # A of the targets, from the critic that made them
+    old = [moment.old_critic.jacobian(x[batch].astype(float)).outputs[:, 0] for x in (obs, next_obs)]
+    discounts = args.gamma * (1 - terminated[batch].astype(float))
+    advantages = Gamma @ (weights * (rewards[batch] + discounts * old[1] - old[0]))
 
+    # v and w = J x
+    critic = moment.critic
+    J, J_next = (trained(rows(critic.jacobian(x.astype(float))), critic, features) for x in (obs, next_obs))
+    if leader == "return":
+        df_ddelta = -weights * Gamma.sum(0) / B
+        v = (-df_ddelta - 1 / B) @ J[batch] + (discounts * df_ddelta) @ J_next[batch]
+    else:
+        first = 1 + np.flatnonzero(done[batch][:-1])
+        v = -J[batch][first if len(first) else slice(None)].mean(0)
+    w = J @ solved(J[batch], v, rho)
+    c = (traces(done, args, np.ones(before + B)).T @ w)[batch] if carried else Gamma.T @ w
+
+    def gradient(weighted):  # -grad_theta mean_k ratio_k a_k
+        return policy.gradient((-ratio * weighted / B).astype(np.float32)).astype(float)
+
+    position = script.gae_matrix(done[None, batch], args.gamma, args.gae_lambda, np.float64)[0].sum(0)
     return Terms(c, position, gradient(advantages), gradient(-2 * c * advantages))
 
 
@@ -230,7 +218,7 @@ VARIANTS = {
     "leader: start states, damping 0.5": dict(leader="start", rho=0.5),
     "critic without output bias": dict(features="no output bias"),
     "critic without output bias, damping 0.5": dict(features="no output bias", rho=0.5),
-    "linear head without bias, damping 0.5": dict(features="head", rho=0.5),
+    "output layer alone, without bias, damping 0.5": dict(features="head", rho=0.5),
     "four rollouts": dict(windows=4),
     "four rollouts, damping 0.5": dict(windows=4, rho=0.5),
 }
@@ -240,14 +228,15 @@ def cosine(a, b) -> float:
     return float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-30))
 
 
-def explained(c, position) -> float:
-    """R^2 of the regression of c on position and a constant; 1 where c is a constant."""
-    X = np.stack([position, np.ones_like(position)], 1)
-    rest = c - X @ np.linalg.lstsq(X, c, rcond=None)[0]
-    return 1 - float(rest.var() / max(c.var(), 1e-30))
+def explained(y, x) -> float:
+    """R^2 of the regression of y on x and a constant."""
+    X = np.stack([x, np.ones_like(x)], 1)
+    rest = y - X @ np.linalg.lstsq(X, y, rcond=None)[0]
+    return 1 - float(rest.var() / max(y.var(), 1e-30))
 
 
 def judged(terms: Terms) -> dict[str, float]:
+    """The numbers of the columns of gate.csv."""
     factor = 1 - 2 * terms.c
     return {
         "cosine": cosine(terms.direct, terms.direct + terms.implicit),
@@ -257,14 +246,43 @@ def judged(terms: Terms) -> dict[str, float]:
     }
 
 
+def age_in_window(done):
+    """Steps since the episode or the window began, (T,)."""
+    steps = np.arange(len(done))
+    begins = np.concatenate([[True], done[:-1].astype(bool)])
+    return steps - np.maximum.accumulate(np.where(begins, steps, 0))
+
+
+def table(found: list[dict]) -> str:
+    """Markdown: means over all minibatches of each variant, of the cosine the smallest besides."""
+    lines = []
+    for variant in dict.fromkeys(row["variant"] for row in found):
+        chosen = [row for row in found if row["variant"] == variant]
+        values = {name: np.array([float(row[name]) for row in chosen]) for name in COLUMNS}
+        smallest = values["cosine"].min()
+        cells = [f"{values['cosine'].mean():.3f} ({smallest:.3f})"]
+        cells += [f"{values['position'].mean():.2f}"]
+        cells += [f"{values[name].mean():.1f}" for name in ("factor", "sd")]
+        lines.append([variant, *cells])
+    head = ["hypergradient", "cosine (smallest)", "position", "factor 1 − 2c", "its sd"]
+    scales = [float(row["next"]) for row in found if row["next"]]
+    if not scales:
+        return markdown(head, lines)
+    scale = f"cosine between grad_theta f on one minibatch and on the next: {np.mean(scales):.2f}"
+    return markdown(head, lines) + "\n\n" + scale
+
+
+# The command line
+
+
 @dataclass
 class Args:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """folders of runs of blpo_continuous.py"""
     minibatches: int = 8
     """minibatches of each run"""
-    csv: Path = Path("results/gate.csv")
-    """file to write: a row per run, minibatch and variant"""
+    results_dir: Path = Path("results")
+    """folder of gate.csv and gate_weights.csv"""
 
 
 def misfit(run: Path) -> bool:
@@ -273,42 +291,38 @@ def misfit(run: Path) -> bool:
         return True
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     flags = config["flags"]
-    one_trajectory = flags.get("num_envs") == flags.get("num_minibatches")
-    return config["script"] != "blpo_continuous.py" or flags["ihvp"] == "none" or not one_trajectory
+    if config["script"] != "blpo_continuous.py" or flags["ihvp"] == "none":
+        return True
+    return flags["num_envs"] != flags["num_minibatches"]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Writes both files and prints the table."""
     args = tyro.cli(Args, args=argv, description=__doc__)
     if bad := [str(run) for run in args.runs if misfit(run)]:
         names = ", ".join(bad)
-        sys.exit(f"error: {names}: not a run of blpo_continuous.py with two checkpoints and one trajectory each")
-    found = []
+        need = "two checkpoints, a solver and one trajectory a minibatch"
+        sys.exit(f"error: {names}: not a run of blpo_continuous.py with {need}")
+    found, weights = [], []
     for run in args.runs:
-        flags = json.loads((run / "config.json").read_text(encoding="utf-8"))["flags"]
-        for i, moment in enumerate(moments(run, args.minibatches)):
+        taken = moments(run, args.minibatches)
+        if not taken:
+            sys.exit(f"error: {run} has no {WINDOWS} iterations after its last checkpoint but one")
+        directs = [hypergradient(moment).direct for moment in taken]
+        for i, moment in enumerate(taken):
+            name = {"env_id": moment.args.env_id, "steps": moment.args.total_timesteps, "minibatch": i}
             for variant, how in VARIANTS.items():
-                row = {"env_id": flags["env_id"], "steps": flags["total_timesteps"], "minibatch": i}
-                numbers = judged(hypergradient(moment, **how))
-                found.append(row | {"variant": variant} | {k: f"{x:.4g}" for k, x in numbers.items()})
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.csv, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, found[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(found)
+                terms = hypergradient(moment, **how)
+                numbers = {column: f"{value:.4g}" for column, value in judged(terms).items()}
+                scale = f"{cosine(directs[i], directs[i + 1]):.4g}" if i + 1 < len(taken) else ""
+                found.append(name | {"variant": variant} | numbers | {"next": scale})
+                if variant == "default" and i == 0:
+                    pairs = zip(age_in_window(moment.done[-1]), 1 - 2 * terms.c)
+                    weights += [name | {"age": age, "factor": f"{factor:.4g}"} for age, factor in pairs]
+    args.results_dir.mkdir(parents=True, exist_ok=True)
+    write_csv(args.results_dir / "gate.csv", found)
+    write_csv(args.results_dir / "gate_weights.csv", weights)
     print(table(found))
-
-
-def table(found: list[dict]) -> str:
-    """Markdown: means over all minibatches of each variant, of the cosine the smallest besides."""
-    lines = []
-    for variant in dict.fromkeys(row["variant"] for row in found):
-        chosen = [row for row in found if row["variant"] == variant]
-        columns = {name: np.array([float(row[name]) for row in chosen]) for name in ("cosine", "position", "factor", "sd")}
-        means = {name: column.mean() for name, column in columns.items()}
-        cells = [f"{means['cosine']:.3f} ({columns['cosine'].min():.3f})", f"{means['position']:.3f}"]
-        lines.append([variant, *cells, f"{means['factor']:.2f}", f"{means['sd']:.2f}"])
-    return markdown(["variant", "cosine, mean (smallest)", "position", "factor 1 - 2c", "sd"], lines)
 
 
 if __name__ == "__main__":

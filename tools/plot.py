@@ -4,9 +4,10 @@
     python tools/plot.py                          # results/ -> tables and figures
     python tools/plot.py --apart preference:688   # the same with a row for that instance, as published
 
-The tables are printed and written to results/tables.md. results/speed.csv (by speed.py --csv) and
-results/solvers.csv (by solvers.py) are drawn if they are there. What the files hold is said in
-tools/results.py and tools/tabular.py, what the numbers mean in tools/tables.py and tools/learning.py.
+The tables are printed and written to results/tables.md. results/speed.csv (by speed.py --csv),
+results/solvers.csv (by solvers.py) and results/gate.csv (by gate.py) are drawn if they are there. What the
+files hold is said in tools/results.py and tools/tabular.py, what the numbers mean in tools/tables.py and
+tools/learning.py.
 """
 
 import re
@@ -65,6 +66,9 @@ def deep_runs(results_dir: Path, figures_dir: Path) -> str:
         drawn["runtime"] = figures.draw_runtime(results.read_csv(results_dir / "speed.csv"))
     if (results_dir / "solvers.csv").exists():
         drawn["solvers"] = figures.draw_solvers(results.read_csv(results_dir / "solvers.csv"))
+    if (results_dir / "gate.csv").exists():
+        gate = [results.read_csv(results_dir / name) for name in ("gate.csv", "gate_weights.csv")]
+        drawn["gate"] = figures.draw_gate(*gate)
     for name, figure in drawn.items():
         figures.save(figure, figures_dir, name)
     parts = [tables.all_tables(summary, aggregates), learning.table(summary, curves)]

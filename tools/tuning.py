@@ -74,7 +74,8 @@ def configurations() -> list[Configuration]:
 
 def flags_of(method: str, chosen: Configuration) -> list[str]:
     """The flags of a script for a configuration."""
-    length = {"one window": chosen.minibatch, "windows of 32": 32, "windows of 16": 16, "steps": 256}[chosen.of]
+    lengths = {"one window": chosen.minibatch, "windows of 32": 32, "windows of 16": 16, "steps": 256}
+    length = lengths[chosen.of]
     flags = ["--num-envs", ROLLOUT // length, "--num-steps", length]
     flags += ["--num-minibatches", ROLLOUT // chosen.minibatch, "--update-epochs", chosen.epochs]
     flags += ["--actor-lr", chosen.actor_lr, "--clip-coef", chosen.clip]
@@ -140,39 +141,51 @@ def collect(args: Args) -> None:
         progress = results.read_csv(folder / "progress.csv")
         evaluation = results.read_csv(folder / "evaluation.csv")
         row = results.summary_row(config, progress[-1], evaluation)
-        curve = {name: np.array([float(point[name]) for point in progress]) for name in ("global_step", "return_100")}
+        columns = ("global_step", "return_100")
+        curve = {column: np.array([float(point[column]) for point in progress]) for column in columns}
         steps = config["flags"]["total_timesteps"]
         method, number = row["exp_name"].split("-")
-        measured = {"method": method, "configuration": int(number), "env_id": row["env_id"], "seed": row["seed"]}
-        measured |= {"steps": steps, "area": round(area(curve, steps), 2), "return_100": row["return_100"]}
-        measured |= {"sps": row["sps"]} | every[int(number)]._asdict()
+        measured = {"method": method, "configuration": int(number), "env_id": row["env_id"]}
+        measured |= {"seed": row["seed"], "steps": steps, "area": round(area(curve, steps), 2)}
+        measured |= {"return_100": row["return_100"], "sps": row["sps"]} | every[int(number)]._asdict()
         rows[method, int(number), row["env_id"], row["seed"], steps] = measured
     results.write_csv(args.csv, [rows[name] for name in sorted(rows)])
 
 
-def table(args: Args) -> str:
-    """Markdown: the configurations that have all seeds, best first."""
-    means = defaultdict(lambda: defaultdict(list))
+def means_of(args: Args) -> dict[tuple[str, int], dict[str, float]]:
+    """By method and configuration the mean return in each environment, of those that have all seeds."""
+    returns = defaultdict(lambda: defaultdict(list))
     for row in results.read_csv(args.csv):
         if int(row["steps"]) == args.steps and int(row["seed"]) in args.seeds:
-            means[row["method"], int(row["configuration"])][row["env_id"]].append(float(row["return_100"]))
-    runs = len(args.seeds)
-    whole = {
-        name: {env: np.mean(found[env]) for env in ENVIRONMENTS}
-        for name, found in means.items()
-        if all(len(found[env]) == runs for env in ENVIRONMENTS)
+            returns[row["method"], int(row["configuration"])][row["env_id"]].append(float(row["return_100"]))
+    return {
+        name: {env: float(np.mean(found[env])) for env in ENVIRONMENTS}
+        for name, found in returns.items()
+        if all(len(found[env]) == len(args.seeds) for env in ENVIRONMENTS)
     }
-    if not whole:
+
+
+def scores(means) -> dict[tuple[str, int], float]:
+    """By method and configuration, best first."""
+    scale = {env: np.mean([found[env] for found in means.values()]) for env in ENVIRONMENTS}
+    score = {}
+    for name, found in means.items():
+        score[name] = float(np.mean([found[env] / scale[env] for env in ENVIRONMENTS]))
+    return dict(sorted(score.items(), key=lambda item: -item[1]))
+
+
+def table(args: Args) -> str:
+    """Markdown: the configurations that have all seeds, best first."""
+    means = means_of(args)
+    if not means:
         sys.exit(f"error: {args.csv} has no configuration with the seeds {args.seeds} in all environments")
-    scale = {env: np.mean([found[env] for found in whole.values()]) for env in ENVIRONMENTS}
-    score = {name: np.mean([found[env] / scale[env] for env in ENVIRONMENTS]) for name, found in whole.items()}
     every = configurations()
     rows = []
-    for method, number in sorted(whole, key=score.get, reverse=True):
-        returns = [f"{whole[method, number][env]:,.0f}" for env in ENVIRONMENTS]
+    for (method, number), score in scores(means).items():
+        returns = [f"{means[method, number][env]:,.0f}" for env in ENVIRONMENTS]
         chosen = every[number]
         other = chosen.critic if method == "ppo" else chosen.nested_critic_steps
-        rows.append([method, number, f"{score[method, number]:.2f}", *returns, *chosen[:5], other])
+        rows.append([method, number, f"{score:.2f}", *returns, *chosen[:5], other])
     head = ["method", "number", "score", *ENVIRONMENTS, *Configuration._fields[:5], "K or critic"]
     return markdown(head, rows)
 

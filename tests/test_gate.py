@@ -1,0 +1,224 @@
+"""tools/gate.py: its hypergradients against autograd and loops, what it writes, what it refuses."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import blpo_continuous
+from nystrom import cg_ihvp
+from tools import figures, gate
+from tools.gate import VARIANTS, WINDOWS, Moment, age_in_window, cosine, explained, hypergradient, solved
+
+ROOT = Path(__file__).parent.parent
+T, OBS, ACTIONS, GAMMA, LAMBDA = 7, 3, 2, 0.9, 0.8
+
+
+def random_moment(seed: int) -> Moment:
+    """Windows in which episodes end by termination and by truncation, and go on over borders."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    args = blpo_continuous.Args(num_envs=2, num_steps=T, gamma=GAMMA, gae_lambda=LAMBDA, nystrom_rho=0.3)
+    actor = blpo_continuous.Actor(OBS, ACTIONS, hidden=4)
+    critics = [gate.in_precision(blpo_continuous.Critic(OBS, hidden=4), torch.float64) for _ in range(2)]
+    stream = rng.normal(size=(WINDOWS * T + 1, OBS)).astype(np.float32)
+    obs, next_obs = stream[:-1].reshape(WINDOWS, T, OBS), stream[1:].reshape(WINDOWS, T, OBS).copy()
+    actions = rng.normal(size=(WINDOWS, T, ACTIONS)).astype(np.float32)
+    rewards = rng.normal(size=(WINDOWS, T))
+    done = rng.random((WINDOWS, T)) < 0.25
+    done[-1, 2] = True  # an episode begins in the last window
+    next_obs[done] += 1  # not the first state of the next episode
+    terminated = done & (rng.random(done.shape) < 0.5)
+    logprobs = rng.normal(size=(WINDOWS, T)) - 2
+    return Moment(actor, *critics, obs, next_obs, actions, rewards, terminated, done, logprobs, args)
+
+
+def by_hand(moment: Moment, rho=0.3, windows=1, carried=False, leader="return", features="all"):
+    """c (B,) and the implicit term by autograd, dense matrices and loops over pairs of steps."""
+    obs, next_obs, actions, rewards, terminated, done, logprobs = (
+        torch.as_tensor(np.concatenate(x)) for x in moment[3:10]
+    )
+    end, begin = len(obs), len(obs) - windows * T
+    policy = torch.distributions.Normal(moment.actor.net(obs), moment.actor.log_std.exp())
+    log_pi = policy.log_prob(actions).sum(1)
+    ratio = (log_pi - logprobs).exp().detach().double()
+    weight = ratio.clamp(max=1) if windows > 1 else torch.ones(end, dtype=torch.float64)
+
+    def trace(t, k, weighted=True):
+        """(gamma lambda)^(k - t), times the weights between, or 0 across the end of an episode"""
+        if done[t:k].any():
+            return 0.0
+        product = weight[t:k].prod().item() if weighted and windows > 1 else 1.0
+        return (GAMMA * LAMBDA) ** (k - t) * product
+
+    def advantages(critic):
+        V, V_next = critic(obs.double()), critic(next_obs.double())
+        delta = weight * (rewards + GAMMA * (1 - terminated.double()) * V_next - V)
+        return [sum(trace(t, k) * delta[k] for k in range(t, end)) for t in range(begin, end)], V
+
+    critic = moment.critic
+    A, V = advantages(critic)
+    if leader == "return":
+        f = -sum(A) / len(A) - V[begin:].mean()
+    else:
+        first = [t for t in range(begin + 1, end) if done[t - 1]]
+        f = -V[first or list(range(begin, end))].mean()
+    chosen = {
+        "all": list(critic.parameters()),
+        "no output bias": list(critic.parameters())[:-1],
+        "head": [critic.value[-1].weight],
+    }[features]
+
+    def flat(scalar):
+        grads = torch.autograd.grad(scalar, chosen, retain_graph=True, allow_unused=True)
+        grads = [torch.zeros_like(p) if g is None else g for p, g in zip(chosen, grads)]
+        return torch.cat([g.flatten() for g in grads])
+
+    J = torch.stack([flat(value) for value in V])
+    H = 2 / (end - begin) * J[begin:].T @ J[begin:]
+    x = torch.linalg.solve(H + rho * torch.eye(len(H), dtype=torch.float64), flat(f))
+    w = J @ x
+    earliest = begin - T if carried else begin
+    c = [sum(trace(t, k) * w[t].item() for t in range(earliest, k + 1)) for k in range(begin, end)]
+
+    old = torch.stack(advantages(moment.old_critic)[0]).detach()
+    surrogate = (ratio.detach()[begin:] * torch.tensor(c) * old * log_pi[begin:]).sum()
+    theta = list(moment.actor.parameters())
+    implicit = torch.autograd.grad(2 / (end - begin) * surrogate, theta)
+    return np.array(c), torch.cat([part.flatten() for part in implicit]).numpy()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("seed", range(3))
+def test_every_variant_equals_autograd_and_loops(variant, seed):
+    moment = random_moment(seed)
+    terms = hypergradient(moment, **VARIANTS[variant])
+    c, implicit = by_hand(moment, **VARIANTS[variant])
+    assert np.abs(terms.c - c).max() < 1e-6 * np.abs(c).max()  # observations and actors are float32
+    assert np.linalg.norm(terms.implicit - implicit) < 1e-5 * np.linalg.norm(implicit)
+
+
+def test_the_default_is_what_the_script_calculates():
+    """-2 c A, the weights of the implicit term, from the script's own functions."""
+    moment = random_moment(5)
+    args = moment.args
+    terms = hypergradient(moment)
+    rollout = [x[-1:] for x in moment[3:9]]
+    rollout[:2] = [x.astype(float) for x in rollout[:2]]
+    batch, _ = blpo_continuous.make_batch(rollout, moment.actor, moment.old_critic, args)
+    J = moment.critic.jacobian(batch.all_obs)
+    ones = np.ones(T)
+    v = blpo_continuous.leader_gradient(J, ones, batch, ones, args)
+    H = blpo_continuous.curvature(moment.critic, batch, J, args)
+    x, _ = cg_ihvp(H, v, args.nystrom_rho, max_iters=200, tol=1e-12)
+    weights = blpo_continuous.implicit_weights(J @ x, None, ones, batch, args)
+    assert np.allclose(weights, -2 * terms.c * batch.old_advantages, rtol=1e-6, atol=1e-9)
+
+
+def test_position_is_the_trace_of_a_constant():
+    moment = random_moment(1)
+    done = moment.done[-1]
+    expected = []
+    total = 0.0
+    for k in range(T):
+        total = GAMMA * LAMBDA * total * (0 if k and done[k - 1] else 1) + 1
+        expected.append(total)
+    assert np.allclose(hypergradient(moment).position, expected)
+
+
+def test_small_pieces():
+    rng = np.random.default_rng(0)
+    J, v = rng.normal(size=(5, 9)), rng.normal(size=9)
+    assert np.allclose(solved(J, v, 0.7), np.linalg.solve(2 / 5 * J.T @ J + 0.7 * np.eye(9), v))
+    assert age_in_window(np.array([0, 0, 1, 0, 1, 1, 0])).tolist() == [0, 1, 2, 0, 1, 0, 0]
+    assert cosine(np.array([1.0, 0]), np.array([3.0, 4])) == pytest.approx(0.6)
+    x = rng.normal(size=50)
+    y = 3 * x - 2
+    assert explained(y, x) == pytest.approx(1)
+    noisy = y + 5 * rng.normal(size=50)
+    assert explained(noisy, x) == pytest.approx(np.corrcoef(noisy, x)[0, 1] ** 2)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    flags = "--env-id InvertedPendulum-v4 --num-envs 2 --num-minibatches 2 --num-steps 32"
+    flags += f" --total-timesteps 768 --checkpoint-every 6 --eval-episodes 1 --runs-dir {folder}"
+    return blpo_continuous.main(flags.split())
+
+
+def rows_of(path):
+    with open(path, encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_on_a_run(run, tmp_path, capsys):
+    gate.main([str(run), "--minibatches", "3", "--results-dir", str(tmp_path)])
+    printed = capsys.readouterr().out
+    rows = rows_of(tmp_path / "gate.csv")
+    assert len(rows) == 3 * len(VARIANTS)
+    assert {row["variant"] for row in rows} == set(VARIANTS)
+    assert {(row["env_id"], row["steps"]) for row in rows} == {("InvertedPendulum-v4", "768")}
+    assert all(-1 <= float(row["cosine"]) <= 1 and float(row["position"]) <= 1 for row in rows)
+    default = [row for row in rows if row["variant"] == "default"]
+    mean = np.mean([float(row["cosine"]) for row in default])
+    smallest = min(float(row["cosine"]) for row in default)
+    assert f"| default | {mean:.3f} ({smallest:.3f}) |" in printed
+
+    weights = rows_of(tmp_path / "gate_weights.csv")
+    assert len(weights) == 32 and weights[0]["age"] == "0"  # one trajectory, from its beginning
+    factors = np.array([float(row["factor"]) for row in weights])
+    assert factors.mean() == pytest.approx(float(default[0]["factor"]), rel=1e-2)
+
+
+def test_moments_are_those_of_training(run):
+    """The windows of a moment follow each other, its last one is the minibatch that the script had, and the
+    run it was taken from is what it was."""
+    before = sorted((path.name, path.read_bytes()) for path in run.iterdir())
+    taken = gate.moments(run, 5)
+    assert sorted((path.name, path.read_bytes()) for path in run.iterdir()) == before
+    assert len(taken) == 5
+    for moment in taken:
+        assert moment.obs.shape == (WINDOWS, 32, 4) and moment.done.shape == (WINDOWS, 32)
+        policy = moment.actor.policy(moment.obs[-1], moment.actions[-1])
+        ratio = np.exp(policy.log_prob - moment.logprobs[-1])
+        assert np.abs(ratio - 1).max() < 0.1  # it acted in the last one
+    assert not np.array_equal(taken[0].critic.vector, taken[1].critic.vector)
+    assert np.array_equal(taken[0].old_critic.vector, taken[1].old_critic.vector)
+
+
+def test_bad_runs_are_refused(run, tmp_path):
+    def answer(*words):
+        command = [sys.executable, ROOT / "tools" / "gate.py", *words, "--results-dir", tmp_path / "none"]
+        found = subprocess.run(command, capture_output=True, text=True)
+        assert not (tmp_path / "none").exists() and found.returncode == 1
+        return found.stderr.strip().splitlines()[-1]
+
+    flags = f"--env-id InvertedPendulum-v4 --runs-dir {tmp_path} --num-envs 4 --num-steps 16"
+    flags += " --num-minibatches 2 --eval-episodes 1 --total-timesteps 384 --checkpoint-every 2"
+    other = blpo_continuous.main(flags.split())
+    assert "not a run of blpo_continuous.py with two checkpoints" in answer(other)
+    assert "not a run of blpo_continuous.py with two checkpoints" in answer(tmp_path / "nothing")
+
+    short = blpo_continuous.main([*flags.split(), "--num-minibatches", "4", "--exp-name", "short"])
+    assert f"{short} has no {WINDOWS} iterations after its last checkpoint but one" in answer(short)
+
+
+def test_the_published_table_and_its_figure_are_those_of_the_results():
+    rows, weights = rows_of(ROOT / "results" / "gate.csv"), rows_of(ROOT / "results" / "gate_weights.csv")
+    table, scale = gate.table(rows).split("\n\n")
+    page = (ROOT / "docs" / "hypergradient.md").read_text(encoding="utf-8")
+    assert table in page and f"is {scale.rsplit(' ', 1)[1]}." in page
+    assert len({(row["env_id"], row["steps"], row["minibatch"]) for row in rows}) == 48
+
+    left, right = figures.draw_gate(rows, weights).axes
+    assert len(left.lines) == 6 and sum(len(line.get_xdata()) for line in left.lines) == len(weights)
+    variants = [label.get_text() for label in right.get_yticklabels()]
+    assert variants == list(reversed(VARIANTS))
+    ticks, mean = right.lines[:2]
+    last = [float(row["cosine"]) for row in rows if row["variant"] == variants[0]]
+    assert list(ticks.get_xdata()) == last and mean.get_xdata() == pytest.approx(np.mean(last))
