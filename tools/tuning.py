@@ -7,9 +7,9 @@ seed, so that every level of a factor is in equally many of them.
     python tools/tuning.py collect    # results/tuning.csv, a line per finished run
     python tools/tuning.py table      # configurations by their score, best first
 
-Runs that are there already are not started again. The score of a configuration is the mean over environments
-of its mean return there divided by the mean of all runs there, of whatever method. Only configurations are
-compared that have been run with the same seeds.
+Runs that are in the folder or in the CSV file are not started again. The score of a configuration is the mean
+over environments of its mean return there divided by the mean of all runs there, of whatever method. Only
+configurations are compared that have been run with the same seeds.
 """
 
 import shlex
@@ -110,9 +110,19 @@ class Args:
     """environment steps of a run, of the 1,000,000 over which step sizes anneal"""
 
 
+NAME = ("method", "configuration", "env_id", "seed", "steps")  # columns that name a run
+
+
+def known_runs(args: Args) -> dict[tuple[str, ...], dict]:
+    """The rows of the CSV file, if there is one, by what names them."""
+    rows = results.read_csv(args.csv) if args.csv.exists() else []
+    return {tuple(row[column] for column in NAME): row for row in rows}
+
+
 def commands(args: Args) -> list[str]:
     """Shell commands of the runs that have not been finished, seeds outermost."""
     there = {path.parent.name.rsplit("__", 1)[0] for path in args.runs_dir.glob("*/evaluation.csv")}
+    known = known_runs(args)
     python = [sys.executable, "-u"]
     every = configurations()
     found = []
@@ -121,7 +131,8 @@ def commands(args: Args) -> list[str]:
             for method in args.methods:
                 for env_id in ENVIRONMENTS:
                     name = f"{method}-{number}"
-                    if f"{env_id}__{name}__{seed}" in there:
+                    collected = (method, str(number), env_id, str(seed), str(args.steps)) in known
+                    if collected or f"{env_id}__{name}__{seed}" in there:
                         continue
                     script = "ppo_continuous.py" if method == "ppo" else "blpo_continuous.py"
                     run = [*python, script, "--env-id", env_id, "--exp-name", name, "--seed", str(seed)]
@@ -132,9 +143,9 @@ def commands(args: Args) -> list[str]:
 
 
 def collect(args: Args) -> None:
-    """Writes the CSV file: what was measured, then the configuration."""
+    """Adds finished runs to the CSV file: what was measured, then the configuration."""
     every = configurations()
-    rows = {}
+    rows = known_runs(args)
     for folder, config in results.run_folders(args.runs_dir):
         if not results.is_finished(folder, proof="evaluation.csv"):
             continue
@@ -148,8 +159,15 @@ def collect(args: Args) -> None:
         measured = {"method": method, "configuration": int(number), "env_id": row["env_id"]}
         measured |= {"seed": row["seed"], "steps": steps, "area": round(area(curve, steps), 2)}
         measured |= {"return_100": row["return_100"], "sps": row["sps"]} | every[int(number)]._asdict()
-        rows[method, int(number), row["env_id"], row["seed"], steps] = measured
-    results.write_csv(args.csv, [rows[name] for name in sorted(rows)])
+        rows[tuple(str(measured[column]) for column in NAME)] = measured
+    order = sorted(rows, key=by_number)
+    results.write_csv(args.csv, [rows[name] for name in order])
+
+
+def by_number(name: tuple[str, ...]):
+    """Sorting key of what names a run."""
+    method, number, env_id, seed, steps = name
+    return method, int(number), env_id, int(seed), int(steps)
 
 
 def means_of(args: Args) -> dict[tuple[str, int], dict[str, float]]:
