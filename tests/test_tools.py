@@ -574,12 +574,23 @@ def legend(axis):
     return [text.get_text() for text in axis.get_legend().get_texts()]
 
 
+def shared_legend(figure):
+    (found,) = figure.legends
+    return [text.get_text() for text in found.get_texts()]
+
+
 def band(axis, index=0):
     """x, lower and upper end of what fill_between has drawn."""
     vertices = axis.collections[index].get_paths()[0].vertices
     x = np.unique(vertices[:, 0])
     ends = [vertices[vertices[:, 0] == value, 1] for value in x]
     return x, np.array([values.min() for values in ends]), np.array([values.max() for values in ends])
+
+
+def methods_in(axis):
+    """Labels of the methods that have a line, by their colours."""
+    labels = {colour: label for colour, _, label in results.STYLES.values()}
+    return list(dict.fromkeys(labels[line.get_color()] for line in axis.lines))
 
 
 def run_of(steps, returns, **columns):
@@ -602,44 +613,40 @@ def test_curves_are_means_over_seeds_on_what_all_of_them_reach():
     figure = figures.draw_curves(curves, **AGAINST_STEPS)
     first, second = figure.axes
     assert (first.get_title(), second.get_title()) == ("E", "F")
-    assert {axis.get_xlabel() for axis in figure.axes} == {"the steps"}
-    assert (first.get_ylabel(), second.get_ylabel()) == ("the return", "")  # the rows share it
-    assert legend(first) == ["BLPO (n = 2)", "nesting only (n = 1)"] and legend(second) == [
-        "my method (n = 1)"
-    ]
-    blpo, nested = first.lines
+    assert (figure.get_supxlabel(), figure.get_supylabel()) == ("the steps", "the return")
+    assert shared_legend(figure) == ["BLPO (n = 2)", "nesting only (n = 1)", "my method (n = 1)"]
+    one, other, blpo, nested = first.lines
+    for line, run in ((one, ([2, 6], [2, 6])), (other, ([0, 10], [0, 20])), (nested, ([0, 5], [1, 2]))):
+        assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == run
+        assert line.get_linewidth() < 1
     grid = np.linspace(20, 60, 200)
     np.testing.assert_allclose(blpo.get_xdata(), grid / 10)
     np.testing.assert_allclose(blpo.get_ydata(), (grid / 10 + grid / 5) / 2)
-    np.testing.assert_allclose(nested.get_xdata(), np.linspace(0, 5, 200))
-    np.testing.assert_allclose(nested.get_ydata(), np.linspace(1, 2, 200))
-    assert len(first.collections) == 1 and not second.collections  # a single seed has no band
-    assert (blpo.get_color(), nested.get_color()) == ("#0072B2", "#009E73")
-    assert (blpo.get_linestyle(), nested.get_linestyle()) == ("-", ":")
-    # two seeds: every mean of two draws lies between them, and one in four is an end
-    x, low, high = band(first)
-    np.testing.assert_allclose(x, grid / 10)
-    np.testing.assert_allclose(low, grid / 10)
-    np.testing.assert_allclose(high, grid / 5)
+    assert blpo.get_linewidth() == 2 and len(second.lines) == 1  # a single seed is no mean
+    assert one.get_color() == other.get_color() == blpo.get_color() == "#0072B2"
+    assert nested.get_color() == "#009E73" and blpo.get_linestyle() == "-"
+    assert first.yaxis.get_major_formatter()(12345.5) == "12,345.5"
 
 
-def test_bands_of_curves_are_95_percent_of_the_bootstrap():
-    runs = [run_of([0, 100], [value, 2 * value]) for value in SIX]
-    (axis,) = figures.draw_curves({("E", "blpo"): runs}, **AGAINST_STEPS).axes
-    x, low, high = band(axis)
-    growth = 1 + x / 10
-    np.testing.assert_allclose(axis.lines[0].get_ydata(), SIX.mean() * growth)
-    for i in range(0, 200, 20):
-        assert_95_percent(low[i] / growth[i], high[i] / growth[i])
-    # the same draws again
-    again = figures.draw_curves({("E", "blpo"): runs}, **AGAINST_STEPS)
-    np.testing.assert_array_equal(band(again.axes[0])[1], low)
+def test_legends_say_how_many_seeds_there_are():
+    run = run_of([0, 50], [1, 2])
+    curves = {("E", "blpo"): 5 * [run], ("E", "ppo"): 3 * [run], ("F", "blpo"): 10 * [run]}
+    figure = figures.draw_curves(curves, **AGAINST_STEPS)
+    assert shared_legend(figure) == ["BLPO (n = 5 to 10)", "PPO, CleanRL's flags (n = 3)"]
 
 
-def test_seeds_that_all_reach_the_maximum_have_a_band_without_width(recwarn):
-    runs = [run_of([0, 100], [500, 500]) for _ in range(3)]
-    (axis,) = figures.draw_curves({("E", "blpo"): runs}, **AGAINST_STEPS).axes
-    assert len(axis.lines) == 1 and not recwarn.list
+def test_solved_tasks_end_where_they_are_solved():
+    grid = np.arange(0, 101.0)
+
+    def solving(steps):
+        return [run_of(grid, 100 * (grid / steps).clip(0, 1))] * 2
+
+    curves = {("E", "blpo"): solving(10), ("E", "nested"): solving(40)}
+    (axis,) = figures.draw_curves(curves, **AGAINST_STEPS | {"scale": 1}).axes
+    assert axis.get_xlim() == pytest.approx((0, 1.25 * 39), abs=1)  # at 39 both are within 2 %
+    for late in ({("E", "blpo"): solving(10), ("E", "nested"): solving(90)}, {("E", "blpo"): solving(10)}):
+        (axis,) = figures.draw_curves(late, **AGAINST_STEPS | {"scale": 1}).axes
+        assert axis.get_xlim() == (0, 100)
 
 
 @pytest.mark.parametrize("count, shape", [(1, (1, 1)), (2, (1, 2)), (3, (1, 3)), (4, (2, 2)), (5, (2, 3))])
@@ -649,7 +656,6 @@ def test_panels_stand_in_rows(count, shape):
     visible = [axis for axis in figure.axes if axis.get_visible()]
     assert [axis.get_title() for axis in visible] == [f"E{i}" for i in range(count)]
     assert visible[0].get_gridspec().get_geometry() == shape
-    assert [bool(axis.get_ylabel()) for axis in visible] == [i % shape[1] == 0 for i in range(count)]
 
 
 def test_which_curves_are_in_which_figure():
@@ -672,7 +678,7 @@ def test_which_curves_are_in_which_figure():
     shown = {}
     for name, figure in drawn.items():
         shown[name] = {
-            axis.get_title(): [label.split(" (")[0] for label in legend(axis)] for axis in figure.axes
+            axis.get_title(): methods_in(axis) for axis in figure.axes
         }
     assert shown == {
         "curves": {"E": ["BLPO", "PPO, matched"], "F": ["BLPO", "PPO, CleanRL's flags"]},
@@ -687,8 +693,8 @@ def test_which_curves_are_in_which_figure():
         axis = figure.axes[0]
         line = axis.lines[0]
         ends[name] = (
-            axis.get_xlabel(),
-            axis.get_ylabel(),
+            figure.get_supxlabel(),
+            figure.get_supylabel(),
             *line.get_xdata()[[0, -1]],
             *line.get_ydata()[[0, -1]],
         )
@@ -705,9 +711,8 @@ def test_which_curves_are_in_which_figure():
     # variants alone are drawn among the curves; without BLPO there are no diagnostics
     assert list(figures.curve_figures({("E", "ppo"): [plain]})) == ["curves", "time"]
     alone = figures.curve_figures({("E", "mean-c"): [plain]})
-    assert list(alone) == ["curves", "time"] and legend(alone["curves"].axes[0]) == [
-        "BLPO, mean c (n = 1)"
-    ]
+    assert list(alone) == ["curves", "time"]
+    assert shared_legend(alone["curves"]) == ["BLPO, mean c (n = 1)"]
 
 
 def test_aggregate_figure():

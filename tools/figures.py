@@ -1,17 +1,16 @@
 """All figures of the deep runs, and of speed.csv, solvers.csv and gate.csv (tools of the same names).
 
 Every `draw_` function returns a matplotlib Figure that belongs to nobody else: no pyplot, no backend, no
-global state. `save` writes it as png and pdf. Bands are 95 % intervals, by bootstrap over seeds.
+global state. `save` writes it as png and pdf.
 
 Curves are dictionaries from (env_id, exp_name) to a list with a dictionary of columns for every seed, each
 column of the shape (points,), as `results.load_curves` returns them.
 """
 
-import warnings
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-import scipy.stats
 from matplotlib.figure import Figure
 
 from tools.results import label, style
@@ -78,52 +77,61 @@ def on_common_grid(runs, points: int = 200):
     return grid, np.array([np.interp(grid, x, y) for x, y in runs])
 
 
-def mean_band(values):
-    """Lower and upper end of the 95 % bootstrap interval of the mean over seeds; values: (seeds, points)."""
-    with warnings.catch_warnings():  # seeds may all reach the maximum
-        warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
-        result = scipy.stats.bootstrap(
-            (values,),
-            np.mean,
-            axis=0,
-            confidence_level=0.95,
-            method="percentile",
-            n_resamples=1000,
-            rng=0,
-        )
-    return result.confidence_interval.low, result.confidence_interval.high
+def settled(lines) -> float | None:
+    """Where a panel may end: the x from which on the means of all methods stay within 2 % of what they have
+    covered, of each other and of where they end, and a quarter more; None where that is not much of a cut.
+
+    lines: pairs of x and mean, one per method.
+    """
+    if len(lines) < 2:
+        return None
+    grid, means = on_common_grid(lines)
+    end = means[:, -1].mean()
+    moving = np.flatnonzero(np.abs(means - end).max(0) > 0.02 * (means.max() - means.min()))
+    if len(moving) == 0 or moving[-1] > 0.6 * len(grid):
+        return None
+    return 1.25 * grid[moving[-1]]
 
 
 def draw_curves(curves, *, x: str, y: str, xlabel: str, ylabel: str, scale: float) -> Figure:
-    """A panel per environment: mean over seeds of column y, and its 95 % band, against column x / scale."""
+    """A panel per environment of column y against column x / scale: a thin line for every run, a thick one
+    for the mean over the seeds of a method, if there are several. Tasks that all methods solve end there."""
     environments = list(dict.fromkeys(env_id for env_id, _ in curves))
     figure, axes = panels(len(environments))
+    handles = {}
+    counts = defaultdict(set)
     for axis, env_id in zip(axes, environments):
+        means = []
         for (env, method), all_runs in curves.items():
             runs = measured(all_runs, x, y)
             if env != env_id or not runs:
                 continue
+            colour, line_style, _ = style(method)
+            for run_x, run_y in runs:
+                (line,) = axis.plot(run_x / scale, run_y, color=colour, linewidth=0.6, alpha=0.35)
+                colour = line.get_color()
             grid, values = on_common_grid(runs)
-            colour, line_style, name = style(method)
-            (line,) = axis.plot(
-                grid / scale,
-                values.mean(0),
-                color=colour,
-                linestyle=line_style,
-                linewidth=1.8,
-                label=f"{name} (n = {len(runs)})",
-            )
             if len(runs) > 1:
-                low, high = mean_band(values)
-                axis.fill_between(grid / scale, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        axis.set(title=env_id, xlabel=xlabel, xlim=(0, None))
+                means.append((grid / scale, values.mean(0)))
+                (line,) = axis.plot(*means[-1], color=colour, linestyle=line_style, linewidth=2)
+            handles.setdefault(method, line)
+            counts[method].add(len(runs))
+        axis.margins(x=0)
+        axis.set(title=env_id, xlim=(0, settled(means)))
+        axis.yaxis.set_major_formatter("{x:,.10g}")
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=7, frameon=False, handlelength=3)
-    for axis in axes:
-        if axis.get_subplotspec().is_first_col():
-            axis.set_ylabel(ylabel)
+    figure.supxlabel(xlabel, fontsize="medium")
+    figure.supylabel(ylabel, fontsize="medium")
     figure.tight_layout()
+    names = [f"{label(method)} (n = {' to '.join(map(str, ends(counts[method])))})" for method in handles]
+    lines = list(handles.values())
+    figure.legend(lines, names, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=5, frameon=False)
     return figure
+
+
+def ends(numbers) -> list[int]:
+    """The smallest and the largest of some numbers, once if they are equal."""
+    return sorted({min(numbers), max(numbers)})
 
 
 def curve_figures(curves) -> dict[str, Figure]:
