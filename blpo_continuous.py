@@ -22,7 +22,6 @@ visited states held fixed. Deliberate deviations from the paper: README.md, "Whi
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache, partial  # BLPO:
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -55,7 +54,7 @@ class Args(RunFlags):
     num_steps: Count = 256
     """steps of each environment per rollout, T"""
     num_minibatches: Count = 8
-    """minibatches per epoch, of whole trajectories: must divide num_envs"""
+    """minibatches per epoch: must divide num_envs * num_steps"""
     update_epochs: Count = 5
     """passes over a rollout"""
     actor_lr: UnitStep = 6e-4
@@ -110,8 +109,8 @@ def check_args(args: Args) -> None:
     """Rules between several flags; the range of a single one is part of its type."""
     rollout = args.num_envs * args.num_steps
     args.require("total_timesteps", args.total_timesteps >= rollout, f"be a rollout at least, {rollout}")
-    divides = args.num_envs % args.num_minibatches == 0
-    args.require("num_minibatches", divides, f"divide --num-envs {args.num_envs}")
+    divides = rollout % args.num_minibatches == 0
+    args.require("num_minibatches", divides, f"divide num_envs * num_steps = {rollout}")
     args.require("num_steps", rollout * args.num_steps < 2**31, "keep num_envs * num_steps^2 below 2^31")
     enough = rollout >= (2 if args.norm_adv else 1) * args.num_minibatches
     args.require("num_minibatches", enough, "leave two steps to a minibatch, or come with --no-norm-adv")
@@ -180,17 +179,22 @@ class Critic(nn.Module):
 
 
 class Batch(NamedTuple):
-    """B steps: a rollout of N environments, T steps each, or a minibatch of its trajectories."""
+    """B steps: a rollout of N environments, T steps each, or a minibatch of them."""
 
     obs: Array  # (B, obs_dim)
     actions: Array  # (B, action_size)
     logprobs: Array  # (B,), under the policy that acted
-    old_advantages: Array  # (B,), under the critic as it was when the iteration began
+    advantages: Array  # (B,), under the critic as it was when the iteration began
     returns: Array  # (B,), the lambda-returns of that critic: the regression targets
-    # BLPO: what advantages under another critic take
+    weights: Array  # BLPO: (B,), the a_k of the implicit term
+
+
+class Transitions(NamedTuple):
+    """What GAE takes of a rollout of B steps, but for the values."""
+
     rewards: Array  # (B,)
     discounts: Array  # (B,): gamma, or 0 where the episode terminated (truncation does not count)
-    Gamma: Array  # (M, T, T), the matrix of gae_matrix for each of the M trajectories
+    Gamma: Array  # (N, T, T), by gae_matrix
     all_obs: Array  # (n, obs_dim): obs, then the true next ones that are not in obs
     next_rows: Array  # (B,), the row of all_obs of the next observation: none twice, so += is safe
 
@@ -207,8 +211,8 @@ def gae_matrix(done, gamma: float, gae_lambda: float, dtype=np.float32):
 
 
 def with_next(obs, next_obs, cut):
-    """all_obs and next_rows of a Batch, from obs and next_obs (B, obs_dim), and cut (B,), which is true where
-    the next observation is not the next row of obs."""
+    """all_obs and next_rows of Transitions, from obs and next_obs (B, obs_dim), and cut (B,), which is true
+    where the next observation is not the next row of obs."""
     xp, B = namespace(obs), len(obs)
     next_rows = xp.arange(1, B + 1, device=obs.device)
     next_rows[cut] = xp.arange(B, B + int(cut.sum()), device=obs.device)
@@ -220,13 +224,13 @@ def along(Gamma, x):
     return (Gamma @ x.reshape(len(Gamma), -1, 1)).reshape(-1)
 
 
-def gae(rewards, values, next_rows, discounts, Gamma):
+def gae(steps: Transitions, values):
     """A = Gamma delta (B,), delta = r + gamma (1 - terminated) V(s') - V(s), from V at all_obs (n,)."""
-    delta = rewards + discounts * values[next_rows] - values[: len(rewards)]
-    return along(Gamma, delta)
+    delta = steps.rewards + steps.discounts * values[steps.next_rows] - values[: len(steps.rewards)]
+    return along(steps.Gamma, delta)
 
 
-def make_batch(rollout, actor: Actor, critic: Critic, args: Args) -> tuple[Batch, float]:
+def make_batch(rollout, actor: Actor, critic: Critic, args: Args) -> tuple[Batch, Transitions, float]:
     """Advantages and targets from the critic as it is now, and the share of their variance it explains."""
     *steps, done = rollout  # each (N, T, ...)
     cut = done.copy()
@@ -234,32 +238,21 @@ def make_batch(rollout, actor: Actor, critic: Critic, args: Args) -> tuple[Batch
     Gamma = on_device(gae_matrix(done, args.gamma, args.gae_lambda, steps[0].dtype), args.device)
     steps = [on_device(x.reshape(-1, *x.shape[2:]), args.device) for x in (*steps, cut)]
     obs, next_obs, actions, rewards, terminated, cut = steps
-    all_obs, next_rows = with_next(obs, next_obs, cut)
-    values = critic.jacobian(all_obs).outputs[:, 0]
-    discounts = args.gamma * (1 - terminated)
-    advantages = gae(rewards, values, next_rows, discounts, Gamma)
+    transitions = Transitions(rewards, args.gamma * (1 - terminated), Gamma, *with_next(obs, next_obs, cut))
+    values = critic.jacobian(transitions.all_obs).outputs[:, 0]
+    advantages = gae(transitions, values)
     returns = advantages + values[: len(obs)]
     explained_variance = 1 - float(advantages.var() / returns.var().clip(1e-12))
     logprobs = actor.policy(obs, actions).log_prob
-    known = (rewards, discounts, Gamma, all_obs, next_rows)  # BLPO:
-    return Batch(obs, actions, logprobs, advantages, returns, *known), explained_variance
+    batch = Batch(obs, actions, logprobs, advantages, returns, 0 * returns)
+    return batch, transitions, explained_variance
 
 
-def trajectories(batch: Batch, chosen: tuple[int, ...]) -> Batch:  # BLPO: with rows of their own
-    """The chosen trajectories of a rollout as a batch of their own, next_rows numbered anew."""
-    T = batch.Gamma.shape[-1]
-    steps = np.concatenate([np.arange(n * T, (n + 1) * T) for n in chosen])
-    rows = batch.next_rows[steps]
-    all_obs, next_rows = with_next(batch.obs[steps], batch.all_obs[rows], rows >= len(batch.obs))
-    return Batch(*(x[steps] for x in batch[:7]), batch.Gamma[list(chosen)], all_obs, next_rows)
-
-
-def minibatches(batch: Batch, args: Args):
-    """Those of all epochs. Minibatches of one trajectory come again in every epoch, and are made once."""
-    made = lru_cache(args.num_minibatches)(partial(trajectories, batch))  # BLPO:
-    for _ in range(args.update_epochs):
-        for chosen in torch.randperm(args.num_envs).chunk(args.num_minibatches):
-            yield made(tuple(chosen.tolist()))
+def minibatches(batch: Batch, args: Args, passes: int = 1):
+    """Those of some passes over a batch, each in another order of its steps."""
+    for _ in range(passes):
+        for rows in torch.randperm(len(batch.obs)).chunk(args.num_minibatches):
+            yield Batch(*(x[rows] for x in batch))
 
 
 # Losses, and their derivatives with respect to V or log pi
@@ -288,31 +281,32 @@ def standardized(x):
 # BLPO: the hypergradient
 
 
-def leader_gradient(J, advantages, mb: Batch, ratio, args: Args):
+def leader_gradient(J, advantages, batch: Batch, transitions: Transitions, actor: Actor, args: Args):
     """v = grad_omega f (p,). The A are linear in V: A = Gamma delta and delta = r + discount V' - V: with
     df/d delta = Gamma^T df/dA, V has -df/d delta and the V' of the step discount * df/d delta.
     exact: f = -mean (A + V), the ratio taken as 1, so that df/dA = -1/B, and V has -1/B more.
     released: f is the clipped surrogate, in which the baseline -V of A counts, as in the authors' code."""
-    B = len(advantages)
-    df_dA = namespace(ratio).full_like(ratio, -1 / B)
+    xp, B = namespace(advantages), len(advantages)
+    df_dA = xp.full_like(advantages, -1 / B)
     if args.hypergradient == "released":
+        ratio = xp.exp(actor.policy(batch.obs, batch.actions).log_prob - batch.logprobs)
         clipped = ratio.clip(1 - args.clip_coef, 1 + args.clip_coef)
-        df_dA *= namespace(ratio).where(ratio * advantages <= clipped * advantages, ratio, clipped)
-    df_ddelta = along(mb.Gamma.swapaxes(1, 2), df_dA)
-    df_dV = namespace(ratio).zeros_like(J.outputs)
+        df_dA *= xp.where(ratio * advantages <= clipped * advantages, ratio, clipped)
+    df_ddelta = along(transitions.Gamma.swapaxes(1, 2), df_dA)
+    df_dV = xp.zeros_like(J.outputs)
     df_dV[:B, 0] = -df_ddelta - (0 if args.hypergradient == "released" else 1 / B)
-    df_dV[mb.next_rows, 0] += mb.discounts * df_ddelta
+    df_dV[transitions.next_rows, 0] += transitions.discounts * df_ddelta
     return df_dV @ J
 
 
-def curvature(critic: Critic, mb: Batch, J, args: Args):
+def curvature(critic: Critic, batch: Batch, J, args: Args):
     """The map u -> H u: the Hessian of g, or its Gauss-Newton part (2/B) J_B^T J_B, without the second
     derivative of V. J_B: the rows of J at the B observations, not those at the true next ones."""
     if args.hessian == "gauss-newton":
-        weights = namespace(mb.returns).zeros_like(J.outputs[:, 0])
-        weights[: len(mb.returns)] = 2 / len(mb.returns)
+        weights = namespace(batch.returns).zeros_like(J.outputs[:, 0])
+        weights[: len(batch.returns)] = 2 / len(batch.returns)
         return gauss_newton_products(J, weights)
-    error = torch.as_tensor(mb.returns) - critic(torch.as_tensor(mb.obs))
+    error = torch.as_tensor(batch.returns) - critic(torch.as_tensor(batch.obs))
     return loss_hessian_products(error.square().mean(), critic.parameters())
 
 
@@ -322,26 +316,28 @@ def solve_ihvp(H, v, args: Args, generator):
     return solve(args.ihvp, H, v, rho=args.nystrom_rho, cg_iters=args.cg_iters, **sketch)
 
 
-def implicit_weights(Jx, values, advantages, mb: Batch, args: Args):
-    """The a_k (B,) of the implicit term -grad_theta mean_k ratio_k a_k, by the change Jx (n, 1) of V along x.
+def implicit_weights(J, x, advantages, batch: Batch, transitions: Transitions, args: Args):
+    """The a_k (B,) of the implicit term -grad_theta mean_k ratio_k a_k, by the change J x of V along x.
     exact: a = -2 c A, with the A of the targets R, makes it minus the cross term.
     mean-c: the same with the mean of all c in place of each.
     released: the authors subtract d/d eps grad_theta L2(theta, omega + eps x), L2 the sum over a trajectory
     of -2 min(ratio A, clip(ratio) A) e, with e = R - V: a = 2 T (A w - dA e), dA the change of A along x."""
     B = len(advantages)
-    w = Jx[:, 0]
+    w = (J @ x)[:, 0]
     if args.hypergradient == "released":
-        dA = gae(0 * mb.rewards, w, mb.next_rows, mb.discounts, mb.Gamma)
-        return 2 * args.num_steps * (advantages * w[:B] - dA * (mb.returns - values[:B]))
-    c = along(mb.Gamma.swapaxes(1, 2), w[:B])
-    return -2 * (c.mean() if args.hypergradient == "mean-c" else c) * mb.old_advantages
+        dA = gae(transitions._replace(rewards=0 * transitions.rewards), w)
+        return 2 * args.num_steps * (advantages * w[:B] - dA * (batch.returns - J.outputs[:B, 0]))
+    c = along(transitions.Gamma.swapaxes(1, 2), w[:B])
+    return -2 * (c.mean() if args.hypergradient == "mean-c" else c) * batch.advantages
 
 
-def implicit_derivative(ratio, weights, signs, clip: float):
-    """d loss / d log pi (B,) for the loss -mean_k ratio_k a_k, with the weights a. It is 0 where the minimum
-    of ratio A and clip(ratio) A would be the clipped one, for an A with the signs of `signs` (B,)."""
-    gate = namespace(ratio).where(signs > 0, ratio < 1 + clip, ratio > 1 - clip)
-    return gate * weights * ratio / -len(ratio)
+def implicit_derivative(ratio, mb: Batch, args: Args):
+    """d loss / d log pi (B,) for the loss -mean_k ratio_k a_k. It is 0 where ratio_k has left its clip range
+    in the direction in which a_k, or released A_k, drives it."""
+    signs = mb.advantages if args.hypergradient == "released" else mb.weights
+    upper, lower = 1 + args.implicit_clip, 1 - args.implicit_clip
+    gate = namespace(ratio).where(signs > 0, ratio < upper, ratio > lower)
+    return gate * mb.weights * ratio / -len(ratio)
 
 
 def add_bounded(direct, implicit, bound: float):
@@ -405,53 +401,55 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 step = envs.step(actor.for_env(actions[:, t], envs.action_space))
                 next_obs[:, t], rewards[:, t], terminated[:, t], done[:, t] = step
                 lap("bookkeeping")
-            batch, explained_variance = make_batch(rollout, actor, critic, args)
+            batch, transitions, explained_variance = make_batch(rollout, actor, critic, args)
             lap("bookkeeping")
 
             # Update
-            for mb in minibatches(batch, args):
+            for _ in range(args.update_epochs):
                 # BLPO: 1. nesting: the critic best-responds before the actor moves
-                losses = []
-                for _ in range(args.nested_critic_steps):
+                for mb in minibatches(batch, args, passes=args.nested_critic_steps):
                     J = critic.jacobian(mb.obs)
                     loss, dloss_dV = critic_loss(J.outputs[:, 0], mb.returns)
                     critic_adam.step(dloss_dV[:, None] @ J)
-                    losses.append(loss)
-                    metrics.add(skipped_updates=critic_adam.skipped)
-                J = critic.jacobian(mb.all_obs)  # BLPO: for advantages under its best response
-                values = J.outputs[:, 0]
-                advantages = gae(mb.rewards, values, mb.next_rows, mb.discounts, mb.Gamma)
+                    metrics.add(skipped_updates=critic_adam.skipped, critic_loss=loss)
+                J = critic.jacobian(transitions.all_obs)
+                advantages = gae(transitions, J.outputs[:, 0])  # under its best response
+                metrics.add(critic_loss_nested=critic_loss(J.outputs[: N * T, 0], batch.returns)[0])
                 lap("critic")
 
-                # grad_theta f, PPO's: clipped surrogate, normalised advantages, entropy bonus
-                policy = actor.policy(mb.obs, mb.actions)
-                logratio = policy.log_prob - mb.logprobs
-                ratio = namespace(logratio).exp(logratio)
-                normalized = standardized(advantages) if args.norm_adv else advantages
-                loss, dloss_dlogp = policy_loss(ratio, normalized, args.clip_coef)
-                loss -= args.ent_coef * policy.entropy()
-                actor_grad = policy.gradient(dloss_dlogp, entropy_weight=-args.ent_coef)
-
-                # BLPO: the hypergradient h, along which the actor then steps (5)
+                # BLPO: the weights of the hypergradient's implicit term
+                weights = batch.weights
                 if args.ihvp != "none":
-                    lap("actor")
-                    v = leader_gradient(J, advantages, mb, ratio, args)  # 2
-                    H = curvature(critic, mb, J, args)
+                    v = leader_gradient(J, advantages, batch, transitions, actor, args)  # 2
+                    H = curvature(critic, batch, J, args)
                     x, correction = solve_ihvp(H, v, args, parts["sketch"])  # 3
-                    weights = implicit_weights(J @ x, values, advantages, mb, args)
-                    signs = advantages if args.hypergradient == "released" else weights
-                    implicit = policy.gradient(implicit_derivative(ratio, weights, signs, args.implicit_clip))
-                    actor_grad, info = add_bounded(actor_grad, implicit, args.implicit_bound)  # 4
-                    metrics.add(ihvp_correction=correction, **info)
+                    weights = implicit_weights(J, x, advantages, batch, transitions, args)
+                    metrics.add(ihvp_correction=correction)
                     lap("hypergradient")
 
-                actor_adam.step(actor_grad)
-                metrics.add(skipped_updates=actor_adam.skipped)
-                nested_loss = critic_loss(values[: len(ratio)], mb.returns)[0]
-                metrics.add(critic_loss=losses[0], critic_loss_nested=nested_loss)
-                metrics.add(policy_loss=loss, approx_kl=(ratio - 1 - logratio).mean())
-                metrics.add(clip_fraction=(abs(ratio - 1) > args.clip_coef).sum() / len(ratio))
-                lap("actor")
+                for mb in minibatches(batch._replace(advantages=advantages, weights=weights), args):
+                    # The actor's gradient: clipped surrogate, normalised advantages, entropy bonus
+                    policy = actor.policy(mb.obs, mb.actions)
+                    logratio = policy.log_prob - mb.logprobs
+                    ratio = namespace(logratio).exp(logratio)
+                    normalized = standardized(mb.advantages) if args.norm_adv else mb.advantages
+                    loss, dloss_dlogp = policy_loss(ratio, normalized, args.clip_coef)
+                    loss -= args.ent_coef * policy.entropy()
+                    actor_grad = policy.gradient(dloss_dlogp, entropy_weight=-args.ent_coef)
+
+                    # BLPO: the hypergradient h, along which the actor then steps (5)
+                    if args.ihvp != "none":
+                        lap("actor")
+                        implicit = policy.gradient(implicit_derivative(ratio, mb, args))
+                        actor_grad, info = add_bounded(actor_grad, implicit, args.implicit_bound)  # 4
+                        metrics.add(**info)
+                        lap("hypergradient")
+
+                    actor_adam.step(actor_grad)
+                    metrics.add(skipped_updates=actor_adam.skipped)
+                    metrics.add(policy_loss=loss, approx_kl=(ratio - 1 - logratio).mean())
+                    metrics.add(clip_fraction=(abs(ratio - 1) > args.clip_coef).sum() / len(ratio))
+                    lap("actor")
 
             metrics.add(entropy=actor.policy(batch.obs, batch.actions).entropy())
             metrics.add(explained_variance=explained_variance)

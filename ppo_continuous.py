@@ -44,8 +44,6 @@ class Args(RunFlags):
     """steps of each environment per rollout, T"""
     num_minibatches: Count = 32
     """minibatches per epoch: must divide num_envs * num_steps"""
-    trajectory_minibatches: bool = False
-    """minibatches of whole trajectories instead of single steps: num_minibatches must then divide num_envs"""
     update_epochs: Count = 10
     """passes over a rollout"""
     actor_lr: UnitStep = 3e-4
@@ -84,9 +82,8 @@ def check_args(args: Args) -> None:
     """Rules between several flags; the range of a single one is part of its type."""
     rollout = args.num_envs * args.num_steps
     args.require("total_timesteps", args.total_timesteps >= rollout, f"be a rollout at least, {rollout}")
-    samples = args.num_envs if args.trajectory_minibatches else rollout
-    what = "--num-envs" if args.trajectory_minibatches else "num_envs * num_steps ="
-    args.require("num_minibatches", samples % args.num_minibatches == 0, f"divide {what} {samples}")
+    divides = rollout % args.num_minibatches == 0
+    args.require("num_minibatches", divides, f"divide num_envs * num_steps = {rollout}")
     args.require("num_steps", rollout * args.num_steps < 2**31, "keep num_envs * num_steps^2 below 2^31")
     enough = rollout >= (2 if args.norm_adv else 1) * args.num_minibatches
     args.require("num_minibatches", enough, "leave two steps to a minibatch, or come with --no-norm-adv")
@@ -160,8 +157,18 @@ class Batch(NamedTuple):
     obs: Array  # (B, obs_dim)
     actions: Array  # (B, action_size)
     logprobs: Array  # (B,), under the policy that acted
-    old_advantages: Array  # (B,), under the critic as it was when the iteration began
+    advantages: Array  # (B,), under the critic as it was when the iteration began
     returns: Array  # (B,), the lambda-returns of that critic: the regression targets
+
+
+class Transitions(NamedTuple):
+    """What GAE takes of a rollout of B steps, but for the values."""
+
+    rewards: Array  # (B,)
+    discounts: Array  # (B,): gamma, or 0 where the episode terminated (truncation does not count)
+    Gamma: Array  # (N, T, T), by gae_matrix
+    all_obs: Array  # (n, obs_dim): obs, then the true next ones that are not in obs
+    next_rows: Array  # (B,), the row of all_obs of the next observation: none twice, so += is safe
 
 
 def gae_matrix(done, gamma: float, gae_lambda: float, dtype=np.float32):
@@ -176,8 +183,8 @@ def gae_matrix(done, gamma: float, gae_lambda: float, dtype=np.float32):
 
 
 def with_next(obs, next_obs, cut):
-    """all_obs and next_rows of a Batch, from obs and next_obs (B, obs_dim), and cut (B,), which is true where
-    the next observation is not the next row of obs."""
+    """all_obs and next_rows of Transitions, from obs and next_obs (B, obs_dim), and cut (B,), which is true
+    where the next observation is not the next row of obs."""
     xp, B = namespace(obs), len(obs)
     next_rows = xp.arange(1, B + 1, device=obs.device)
     next_rows[cut] = xp.arange(B, B + int(cut.sum()), device=obs.device)
@@ -189,10 +196,10 @@ def along(Gamma, x):
     return (Gamma @ x.reshape(len(Gamma), -1, 1)).reshape(-1)
 
 
-def gae(rewards, values, next_rows, discounts, Gamma):
+def gae(steps: Transitions, values):
     """A = Gamma delta (B,), delta = r + gamma (1 - terminated) V(s') - V(s), from V at all_obs (n,)."""
-    delta = rewards + discounts * values[next_rows] - values[: len(rewards)]
-    return along(Gamma, delta)
+    delta = steps.rewards + steps.discounts * values[steps.next_rows] - values[: len(steps.rewards)]
+    return along(steps.Gamma, delta)
 
 
 def make_batch(rollout, actor: Actor, critic: Critic, args: Args) -> tuple[Batch, float]:
@@ -203,25 +210,20 @@ def make_batch(rollout, actor: Actor, critic: Critic, args: Args) -> tuple[Batch
     Gamma = on_device(gae_matrix(done, args.gamma, args.gae_lambda, steps[0].dtype), args.device)
     steps = [on_device(x.reshape(-1, *x.shape[2:]), args.device) for x in (*steps, cut)]
     obs, next_obs, actions, rewards, terminated, cut = steps
-    all_obs, next_rows = with_next(obs, next_obs, cut)
-    values = critic.jacobian(all_obs).outputs[:, 0]
-    discounts = args.gamma * (1 - terminated)
-    advantages = gae(rewards, values, next_rows, discounts, Gamma)
+    transitions = Transitions(rewards, args.gamma * (1 - terminated), Gamma, *with_next(obs, next_obs, cut))
+    values = critic.jacobian(transitions.all_obs).outputs[:, 0]
+    advantages = gae(transitions, values)
     returns = advantages + values[: len(obs)]
     explained_variance = 1 - float(advantages.var() / returns.var().clip(1e-12))
     logprobs = actor.policy(obs, actions).log_prob
     return Batch(obs, actions, logprobs, advantages, returns), explained_variance
 
 
-def minibatches(batch: Batch, args: Args):
-    """Those of all epochs."""
-    samples = np.arange(len(batch.obs)).reshape(args.num_envs, -1)
-    if not args.trajectory_minibatches:
-        samples = samples.reshape(-1, 1)
-    for _ in range(args.update_epochs):
-        for chosen in torch.randperm(len(samples)).chunk(args.num_minibatches):
-            steps = samples[chosen].flatten()
-            yield Batch(*(x[steps] for x in batch))
+def minibatches(batch: Batch, args: Args, passes: int = 1):
+    """Those of some passes over a batch, each in another order of its steps."""
+    for _ in range(passes):
+        for rows in torch.randperm(len(batch.obs)).chunk(args.num_minibatches):
+            yield Batch(*(x[rows] for x in batch))
 
 
 # Losses, and their derivatives with respect to V or log pi
@@ -239,7 +241,7 @@ def value_loss(values, mb: Batch, args: Args):
     error = values - mb.returns
     moves = 1.0  # d error / d value
     if args.clip_vloss:
-        change = values - (mb.returns - mb.old_advantages)  # of the value, since the iteration began
+        change = values - (mb.returns - mb.advantages)  # of the value, since the iteration began
         held = error - change + change.clip(-args.clip_coef, args.clip_coef)
         clipped = abs(held) > abs(error)
         error = namespace(error).where(clipped, held, error)
@@ -307,35 +309,35 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
             lap("bookkeeping")
 
             # Update
-            for mb in minibatches(batch, args):
-                # The critic's gradient
-                J = critic.jacobian(mb.obs)
-                values = J.outputs[:, 0]
-                _, dloss_dV = value_loss(values, mb, args)
-                critic_grad = dloss_dV[:, None] @ J
-                lap("critic")
+            for _ in range(args.update_epochs):
+                for mb in minibatches(batch, args):
+                    # The critic's gradient
+                    J = critic.jacobian(mb.obs)
+                    _, dloss_dV = value_loss(J.outputs[:, 0], mb, args)
+                    critic_grad = dloss_dV[:, None] @ J
+                    lap("critic")
 
-                # The actor's gradient: clipped surrogate, normalised advantages, entropy bonus
-                policy = actor.policy(mb.obs, mb.actions)
-                logratio = policy.log_prob - mb.logprobs
-                ratio = namespace(logratio).exp(logratio)
-                normalized = standardized(mb.old_advantages) if args.norm_adv else mb.old_advantages
-                loss, dloss_dlogp = policy_loss(ratio, normalized, args.clip_coef)
-                loss -= args.ent_coef * policy.entropy()
-                actor_grad = policy.gradient(dloss_dlogp, entropy_weight=-args.ent_coef)
+                    # The actor's gradient: clipped surrogate, normalised advantages, entropy bonus
+                    policy = actor.policy(mb.obs, mb.actions)
+                    logratio = policy.log_prob - mb.logprobs
+                    ratio = namespace(logratio).exp(logratio)
+                    normalized = standardized(mb.advantages) if args.norm_adv else mb.advantages
+                    loss, dloss_dlogp = policy_loss(ratio, normalized, args.clip_coef)
+                    loss -= args.ent_coef * policy.entropy()
+                    actor_grad = policy.gradient(dloss_dlogp, entropy_weight=-args.ent_coef)
 
-                if args.joint_grad_clip:
-                    size = math.hypot(norm(actor_grad), norm(critic_grad))
-                    shrink = min(1.0, args.max_grad_norm / (size + 1e-6))
-                    actor_grad, critic_grad = shrink * actor_grad, shrink * critic_grad
-                critic_adam.step(critic_grad)
-                metrics.add(skipped_updates=critic_adam.skipped)
-                actor_adam.step(actor_grad)
-                metrics.add(skipped_updates=actor_adam.skipped)
-                metrics.add(critic_loss=critic_loss(values, mb.returns)[0])
-                metrics.add(policy_loss=loss, approx_kl=(ratio - 1 - logratio).mean())
-                metrics.add(clip_fraction=(abs(ratio - 1) > args.clip_coef).sum() / len(ratio))
-                lap("actor")
+                    if args.joint_grad_clip:
+                        size = math.hypot(norm(actor_grad), norm(critic_grad))
+                        shrink = min(1.0, args.max_grad_norm / (size + 1e-6))
+                        actor_grad, critic_grad = shrink * actor_grad, shrink * critic_grad
+                    critic_adam.step(critic_grad)
+                    metrics.add(skipped_updates=critic_adam.skipped)
+                    actor_adam.step(actor_grad)
+                    metrics.add(skipped_updates=actor_adam.skipped)
+                    metrics.add(critic_loss=critic_loss(J.outputs[:, 0], mb.returns)[0])
+                    metrics.add(policy_loss=loss, approx_kl=(ratio - 1 - logratio).mean())
+                    metrics.add(clip_fraction=(abs(ratio - 1) > args.clip_coef).sum() / len(ratio))
+                    lap("actor")
 
             metrics.add(entropy=actor.policy(batch.obs, batch.actions).entropy())
             metrics.add(explained_variance=explained_variance)

@@ -121,7 +121,7 @@ def write_run_folder(folder, *files, steps=960):
 
 # The commands
 
-MATCHED = "--trajectory-minibatches --critic-lr 1e-3 --no-clip-vloss --vf-coef 2 --no-joint-grad-clip"
+MATCHED = "--critic-lr 1e-3 --no-clip-vloss --vf-coef 2 --no-joint-grad-clip"
 MATCHED_ROLLOUTS = "--num-envs 8 --num-steps 256 --num-minibatches 8 --update-epochs 5 --actor-lr 6e-4"
 COMMANDS = {
     ("Pendulum-v1", "blpo"): ("blpo_continuous.py", ""),
@@ -505,7 +505,7 @@ def test_solvers_on_a_real_critic(tmp_path):
         f"{ROOT}/tools/solvers.py",
         "--csv",
         tmp_path / "solvers.csv",
-        "--minibatches",
+        "--systems",
         "2",
         "--repeat",
         "2",

@@ -103,20 +103,20 @@ def test_every_variant_equals_autograd_and_loops(variant, seed):
 
 
 def test_the_default_is_what_the_script_calculates():
-    """-2 c A, the weights of the implicit term, from the script's own functions."""
+    """-2 c A, the weights of the implicit term, from the script's own functions on one trajectory."""
     moment = random_moment(5)
     args = moment.args
     terms = hypergradient(moment)
     rollout = [x[-1:] for x in moment[3:9]]
     rollout[:2] = [x.astype(float) for x in rollout[:2]]
-    batch, _ = blpo_continuous.make_batch(rollout, moment.actor, moment.old_critic, args)
-    J = moment.critic.jacobian(batch.all_obs)
+    batch, transitions, _ = blpo_continuous.make_batch(rollout, moment.actor, moment.old_critic, args)
+    J = moment.critic.jacobian(transitions.all_obs)
     ones = np.ones(T)
-    v = blpo_continuous.leader_gradient(J, ones, batch, ones, args)
+    v = blpo_continuous.leader_gradient(J, ones, batch, transitions, moment.actor, args)
     H = blpo_continuous.curvature(moment.critic, batch, J, args)
     x, _ = cg_ihvp(H, v, args.nystrom_rho, max_iters=200, tol=1e-12)
-    weights = blpo_continuous.implicit_weights(J @ x, None, ones, batch, args)
-    assert np.allclose(weights, -2 * terms.c * batch.old_advantages, rtol=1e-6, atol=1e-9)
+    weights = blpo_continuous.implicit_weights(J, x, ones, batch, transitions, args)
+    assert np.allclose(weights, -2 * terms.c * batch.advantages, rtol=1e-6, atol=1e-9)
 
 
 def test_position_is_the_trace_of_a_constant():
@@ -157,7 +157,7 @@ def rows_of(path):
 
 
 def test_on_a_run(run, tmp_path, capsys):
-    gate.main([str(run), "--minibatches", "3", "--results-dir", str(tmp_path)])
+    gate.main([str(run), "--trajectories", "3", "--results-dir", str(tmp_path)])
     printed = capsys.readouterr().out
     rows = rows_of(tmp_path / "gate.csv")
     assert len(rows) == 3 * len(VARIANTS)
@@ -176,8 +176,8 @@ def test_on_a_run(run, tmp_path, capsys):
 
 
 def test_moments_are_those_of_training(run):
-    """The windows of a moment follow each other, its last one is the minibatch that the script had, and the
-    run it was taken from is what it was."""
+    """The windows of a moment follow each other, the policy acted in its last one, and the run it was taken
+    from is what it was."""
     before = sorted((path.name, path.read_bytes()) for path in run.iterdir())
     taken = gate.moments(run, 5)
     assert sorted((path.name, path.read_bytes()) for path in run.iterdir()) == before
@@ -187,8 +187,9 @@ def test_moments_are_those_of_training(run):
         policy = moment.actor.policy(moment.obs[-1], moment.actions[-1])
         ratio = np.exp(policy.log_prob - moment.logprobs[-1])
         assert np.abs(ratio - 1).max() < 0.1  # it acted in the last one
-    assert not np.array_equal(taken[0].critic.vector, taken[1].critic.vector)
-    assert np.array_equal(taken[0].old_critic.vector, taken[1].old_critic.vector)
+    assert np.array_equal(taken[0].critic.vector, taken[1].critic.vector)  # two environments
+    assert not np.array_equal(taken[0].critic.vector, taken[2].critic.vector)  # two epochs
+    assert np.array_equal(taken[0].old_critic.vector, taken[2].old_critic.vector)
 
 
 def test_bad_runs_are_refused(run, tmp_path):
@@ -198,13 +199,13 @@ def test_bad_runs_are_refused(run, tmp_path):
         assert not (tmp_path / "none").exists() and found.returncode == 1
         return found.stderr.strip().splitlines()[-1]
 
+    assert "not a run of blpo_continuous.py with two checkpoints and a solver" in answer(tmp_path / "nothing")
     flags = f"--env-id InvertedPendulum-v4 --runs-dir {tmp_path} --num-envs 4 --num-steps 16"
     flags += " --num-minibatches 2 --eval-episodes 1 --total-timesteps 384 --checkpoint-every 2"
-    other = blpo_continuous.main(flags.split())
-    assert "not a run of blpo_continuous.py with two checkpoints" in answer(other)
-    assert "not a run of blpo_continuous.py with two checkpoints" in answer(tmp_path / "nothing")
+    nested = blpo_continuous.main([*flags.split(), "--ihvp", "none"])
+    assert "not a run of blpo_continuous.py with two checkpoints and a solver" in answer(nested)
 
-    short = blpo_continuous.main([*flags.split(), "--num-minibatches", "4", "--exp-name", "short"])
+    short = blpo_continuous.main([*flags.split(), "--exp-name", "short"])
     assert f"{short} has no {WINDOWS} iterations after its last checkpoint but one" in answer(short)
 
 
@@ -213,7 +214,7 @@ def test_the_published_table_and_its_figure_are_those_of_the_results():
     table, scale = gate.table(rows).split("\n\n")
     page = (ROOT / "docs" / "hypergradient.md").read_text(encoding="utf-8")
     assert table in page and f"is {scale.rsplit(' ', 1)[1]}." in page
-    assert len({(row["env_id"], row["steps"], row["minibatch"]) for row in rows}) == 48
+    assert len({(row["env_id"], row["steps"], row["trajectory"]) for row in rows}) == 48
 
     left, right = figures.draw_gate(rows, weights).axes
     assert len(left.lines) == 6 and sum(len(line.get_xdata()) for line in left.lines) == len(weights)

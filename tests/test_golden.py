@@ -25,7 +25,7 @@ import torch
 GOLDEN = Path(__file__).parent / "golden.json"
 SHORT = "--num-envs 4 --num-steps 64 --num-minibatches 4 --update-epochs 2 --total-timesteps 768"
 SHORT += " --eval-episodes 1"
-MATCHED = "--trajectory-minibatches --critic-lr 1e-3 --no-clip-vloss --vf-coef 2 --no-joint-grad-clip"
+MATCHED = "--critic-lr 1e-3 --no-clip-vloss --vf-coef 2 --no-joint-grad-clip"
 PLAIN = "--no-norm-obs --no-norm-reward --no-norm-adv --no-anneal-lr"
 AUTHORS = "--hypergradient released --nystrom-sketch columns --nystrom-rank 5 --hessian full"
 CASES = {

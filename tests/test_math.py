@@ -4,6 +4,7 @@ blpo_continuous.py."""
 import copy
 import itertools
 import math
+from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -57,10 +58,12 @@ def test_gae_matrix_equals_the_recursion(script):
         stacked[next_rows], next_values.flatten()
     )
     matrix = script.gae_matrix(done.numpy(), GAMMA, LAMBDA, np.float64)
-    steps = rewards.flatten(), stacked, next_rows, GAMMA * (1 - terminated.flatten())
+    discounts = GAMMA * (1 - terminated.flatten())
+    steps = script.Transitions(rewards.flatten(), discounts, torch.as_tensor(matrix), all_obs, next_rows)
     expected = recursion(rewards, values, next_values, terminated, done).flatten()
-    assert torch.allclose(script.gae(*steps, torch.as_tensor(matrix)), expected, atol=1e-12)
-    assert np.allclose(script.gae(*(x.numpy() for x in steps), matrix), expected, atol=1e-12)
+    assert torch.allclose(script.gae(steps, stacked), expected, atol=1e-12)
+    arrays = script.Transitions(*(x.numpy() for x in steps))
+    assert np.allclose(script.gae(arrays, stacked.numpy()), expected, atol=1e-12)
 
 
 def test_gae_by_hand():
@@ -71,7 +74,17 @@ def test_gae_by_hand():
     deltas = [1 + GAMMA * 7 - 4, 2 + GAMMA * 6 - 5, 3 - 6]
     expected = [deltas[0], deltas[1] + GAMMA * LAMBDA * deltas[2], deltas[2]]
     matrix = blpo.gae_matrix(done, GAMMA, LAMBDA, np.float64)
-    assert np.allclose(blpo.gae(rewards, values, np.array([3, 2, 4]), discounts, matrix), expected)
+    steps = blpo.Transitions(rewards, discounts, matrix, all_obs=None, next_rows=np.array([3, 2, 4]))
+    assert np.allclose(blpo.gae(steps, values), expected)
+
+
+class TabularActor(NamedTuple):
+    """Stands for the scripts' Actor where only log-probabilities are asked for."""
+
+    log_prob: np.ndarray  # (B,)
+
+    def policy(self, obs, actions):
+        return self
 
 
 class LinearCritic(torch.nn.Module):
@@ -119,38 +132,39 @@ class MDP:
         self.cut[:, -1] = True
         self.r = self.rewards[self.s, self.a, self.next_s]
         self.old_critic = LinearCritic(torch.randn(features, generator=generator))
-        self.batch = self.make_batch()
+        self.make_batch()
 
     def log_prob(self, theta):
         return torch.log_softmax(theta, 1)[self.s, self.a]
 
     def steps(self):
-        """The enumerated windows as what Batch holds: tensors."""
+        """The enumerated windows as Transitions of tensors."""
         obs, next_obs = self.phi[self.s, :-1].flatten(0, 1), self.phi[self.next_s, :-1].flatten(0, 1)
-        all_obs, next_rows = blpo.with_next(obs, next_obs, self.cut.flatten())
         discounts = GAMMA * (1 - self.terminated.flatten().double())
         Gamma = torch.as_tensor(blpo.gae_matrix(self.terminated.numpy(), GAMMA, LAMBDA, np.float64))
-        known = dict(rewards=self.r.flatten(), discounts=discounts, Gamma=Gamma)
-        return known | dict(obs=obs, all_obs=all_obs, next_rows=next_rows)
+        rows = blpo.with_next(obs, next_obs, self.cut.flatten())
+        return blpo.Transitions(self.r.flatten(), discounts, Gamma, *rows)
 
     def advantages(self, critic):
         """V and A, both (windows, T), differentiable in the critic."""
-        known = self.steps()
-        values = critic(known["all_obs"])
-        A = blpo.gae(known["rewards"], values, known["next_rows"], known["discounts"], known["Gamma"])
-        return values[: self.r.numel()].view_as(self.r), A.view_as(self.r)
+        steps = self.steps()
+        values = critic(steps.all_obs)
+        return values[: self.r.numel()].view_as(self.r), blpo.gae(steps, values).view_as(self.r)
 
     def make_batch(self):
-        """Of NumPy's arrays, as in the scripts."""
+        """batch and transitions, of NumPy's arrays, as in the scripts."""
+        steps = self.steps()
+        self.transitions = blpo.Transitions(*(x.numpy() for x in steps))
         with torch.no_grad():
             values, advantages = self.advantages(self.old_critic)
-            known = self.steps() | dict(
-                actions=self.a,
-                logprobs=self.log_prob(self.theta).flatten(),
-                old_advantages=advantages.flatten(),
-                returns=(advantages + values).flatten(),
+            self.batch = blpo.Batch(
+                obs=steps.all_obs[: self.r.numel()].numpy(),
+                actions=self.a.numpy(),
+                logprobs=self.log_prob(self.theta).flatten().numpy(),
+                advantages=advantages.flatten().numpy(),
+                returns=(advantages + values).flatten().numpy(),
+                weights=np.zeros(self.r.numel()),
             )
-        return blpo.Batch(**{name: x.numpy() for name, x in known.items()})
 
     def best_response(self, theta, rho=0.0, center=None):
         """argmin_w sum_t E[(E_theta[R_t | s_t] - w.phi(s_t))^2] / T + rho/2 ||w - center||^2, at the states
@@ -183,17 +197,17 @@ class MDP:
                 .numpy()
             )
 
-        mb = self.batch
-        J = jacobian_of(critic.value)(mb.all_obs)
-        values = J.outputs[:, 0]
-        advantages = blpo.gae(mb.rewards, values, mb.next_rows, mb.discounts, mb.Gamma)
-        ratio = np.exp(log_prob.detach().numpy() - mb.logprobs)
+        batch, transitions = self.batch, self.transitions
+        J = jacobian_of(critic.value)(transitions.all_obs)
+        advantages = blpo.gae(transitions, J.outputs[:, 0])
+        ratio = np.exp(log_prob.detach().numpy() - batch.logprobs)
         direct = gradient(blpo.policy_loss(ratio, advantages, args.clip_coef)[1])
-        v = blpo.leader_gradient(J, advantages, mb, ratio, args)
-        x, _ = blpo.solve_ihvp(blpo.curvature(critic, mb, J, args), v, args, torch.Generator())
-        weights = blpo.implicit_weights(J @ x, values, advantages, mb, args)
-        signs = advantages if args.hypergradient == "released" else weights
-        implicit = gradient(blpo.implicit_derivative(ratio, weights, signs, args.implicit_clip))
+        actor = TabularActor(log_prob.detach().numpy())
+        v = blpo.leader_gradient(J, advantages, batch, transitions, actor, args)
+        x, _ = blpo.solve_ihvp(blpo.curvature(critic, batch, J, args), v, args, torch.Generator())
+        weights = blpo.implicit_weights(J, x, advantages, batch, transitions, args)
+        batch = batch._replace(advantages=advantages, weights=weights)
+        implicit = gradient(blpo.implicit_derivative(ratio, batch, args))
         h, _ = blpo.add_bounded(direct, implicit, args.implicit_bound)
         return tuple(map(torch.as_tensor, (direct, h - direct, h)))
 
@@ -302,7 +316,7 @@ def test_curvature_is_the_hessian_or_its_gauss_newton_part():
     params, obs, returns = list(critic.parameters()), torch.randn(7, 3), torch.randn(6)
     dense = torch.stack([flat(torch.autograd.grad(value, params)) for value in map(critic, obs)])
     J = critic.jacobian(obs.numpy())
-    mb = blpo.Batch(*[None] * 10)._replace(obs=obs[:6].numpy(), returns=returns.numpy())
+    batch = blpo.Batch(*[None] * 6)._replace(obs=obs[:6].numpy(), returns=returns.numpy())
     sizes = [p.numel() for p in params]
 
     def loss(w):
@@ -314,7 +328,7 @@ def test_curvature_is_the_hessian_or_its_gauss_newton_part():
     gauss_newton = (2 / 6 * dense[:6].T @ dense[:6]).numpy()  # the seventh stands for a true next observation
     u = np.random.default_rng(0).normal(size=(len(H), 3))
     for hessian, truth in (("full", H), ("gauss-newton", gauss_newton)):
-        product = blpo.curvature(critic, mb, J, blpo.Args(hessian=hessian))
+        product = blpo.curvature(critic, batch, J, blpo.Args(hessian=hessian))
         assert np.allclose(product(u[:, 0]), truth @ u[:, 0], rtol=1e-11, atol=1e-12)
         assert np.allclose(product(u), truth @ u, rtol=1e-11, atol=1e-12)
     assert not np.allclose(H, gauss_newton, rtol=1e-2)
@@ -326,7 +340,7 @@ def converged(seed):
     mdp = MDP(seed, features=3)
     mdp.phi, mdp.old_critic = torch.tensor([[1.0, 0, 1], [0, 1, 1], [0, 0, 1]]), LinearCritic(torch.zeros(3))
     for _ in range(60):
-        mdp.batch = mdp.make_batch()
+        mdp.make_batch()
         mdp.old_critic = LinearCritic(mdp.best_response(mdp.theta)[0])
     return mdp, mdp.old_critic
 
@@ -371,14 +385,14 @@ def test_released_mode_equals_literal_double_differentiation_of_L2(seed):
         obs, next_obs = mdp.phi[mdp.s] @ w, mdp.phi[mdp.next_s] @ w
         next_values = torch.where(mdp.cut, next_obs, obs.roll(-1, 1))
         delta = mdp.r + GAMMA * (1 - mdp.terminated.double()) * next_values - obs
-        return torch.einsum("ntk,nk->nt", batch["Gamma"], delta), obs
+        return torch.einsum("ntk,nk->nt", torch.as_tensor(mdp.transitions.Gamma), delta), obs
 
     A, V = advantages_and_values(w)
     f = -torch.min(ratio * A, ratio.clamp(0.8, 1.2) * A).mean()
     v = torch.autograd.grad(f, w, retain_graph=True)[0]
     H = torch.func.hessian(lambda w: ((returns - mdp.phi[mdp.s] @ w) ** 2).mean())(w.detach())
     x = torch.linalg.solve(H + 0.7 * torch.eye(2), v)
-    # a sum over the trajectory, the mean over the minibatch's trajectories
+    # a sum over the trajectory, the mean over the trajectories
     L2 = (-2 * torch.min(ratio * A, ratio.clamp(0.5, 1.5) * A) * (returns - V)).sum(1).mean()
     gradient = torch.autograd.grad(L2, theta, create_graph=True)[0].flatten()
     term = torch.stack(
@@ -410,17 +424,15 @@ def test_mean_c_is_a_policy_gradient_of_the_old_advantages():
     critic = LinearCritic(mdp.best_response(mdp.theta)[0])
     args = exact_args(mdp, nystrom_rho=1.0)
     _, implicit, _ = mdp.hypergradient(critic, exact_args(mdp, nystrom_rho=1.0, hypergradient="mean-c"))
-    mb = mdp.batch
-    J = jacobian_of(critic.value)(mb.all_obs)
-    values = J.outputs[:, 0]
-    advantages = blpo.gae(mb.rewards, values, mb.next_rows, mb.discounts, mb.Gamma)
-    v = blpo.leader_gradient(J, advantages, mb, np.ones_like(advantages), args)
-    x, _ = blpo.solve_ihvp(blpo.curvature(critic, mb, J, args), v, args, torch.Generator())
-    Jx = J @ x
-    a = blpo.implicit_weights(Jx, values, advantages, mb, args)  # of every c_k as it is
-    mean_c = np.mean(a / (-2 * mb.old_advantages))
+    batch, transitions = mdp.batch, mdp.transitions
+    J = jacobian_of(critic.value)(transitions.all_obs)
+    advantages = blpo.gae(transitions, J.outputs[:, 0])
+    v = blpo.leader_gradient(J, advantages, batch, transitions, None, args)
+    x, _ = blpo.solve_ihvp(blpo.curvature(critic, batch, J, args), v, args, torch.Generator())
+    a = blpo.implicit_weights(J, x, advantages, batch, transitions, args)  # of every c_k as it is
+    mean_c = np.mean(a / (-2 * batch.advantages))
     theta = mdp.theta.clone().requires_grad_()
-    old_advantages = torch.as_tensor(mb.old_advantages)
+    old_advantages = torch.as_tensor(batch.advantages)
     objective = (old_advantages * mdp.log_prob(theta).flatten()).mean()
     (expected,) = torch.autograd.grad(2 * mean_c * objective, theta)
     assert torch.allclose(implicit, expected.flatten(), rtol=1e-9, atol=1e-12)
@@ -436,6 +448,9 @@ class Known:
     def __init__(self, matrix, outputs):
         self.matrix, self.outputs = matrix, outputs
 
+    def __matmul__(self, u):
+        return self.matrix @ u[:, None]
+
     def __rmatmul__(self, s):
         return s[:, 0] @ self.matrix
 
@@ -450,20 +465,20 @@ def test_interior_values_enter_the_leader_equally():
     Gamma = blpo.gae_matrix(np.zeros((1, T), bool), args.gamma, args.gae_lambda, np.float64)
     nothing = np.zeros(T)
     all_obs, next_rows = blpo.with_next(np.zeros((T, 1)), np.zeros((T, 1)), np.arange(T) == T - 1)
-    known = (nothing, np.full(T, args.gamma), Gamma, all_obs, next_rows)
-    batch = blpo.Batch(all_obs[:T], nothing, nothing, np.ones(T), nothing, *known)
+    transitions = blpo.Transitions(nothing, np.full(T, args.gamma), Gamma, all_obs, next_rows)
+    batch = blpo.Batch(all_obs[:T], nothing, nothing, np.ones(T), nothing, nothing)
     outputs = np.zeros((T + 1, 1))
 
     identity = np.eye(T + 1)
-    v = blpo.leader_gradient(Known(identity, outputs), nothing, batch, np.ones(T), args)
+    v = blpo.leader_gradient(Known(identity, outputs), nothing, batch, transitions, None, args)
     kappa = args.gamma * (1 - args.gae_lambda) / (1 - args.gamma * args.gae_lambda)
     assert np.allclose(v[200 : T - 200] * T, -kappa, rtol=1e-6)
     assert abs(v[0] * T + kappa) > 0.1  # near the ends it has another one
 
     constant = Known(np.ones((T + 1, 1)), outputs)
-    v = blpo.leader_gradient(constant, nothing, batch, np.ones(T), args)
+    v = blpo.leader_gradient(constant, nothing, batch, transitions, None, args)
     x = v / (2 + 1e-9)  # H = 2, and hardly any damping
-    factors = 1 + blpo.implicit_weights(constant.matrix @ x[:, None], nothing, nothing, batch, args)
+    factors = 1 + blpo.implicit_weights(constant, x, nothing, batch, transitions, args)
     assert factors[200] == pytest.approx(1 + kappa / (1 - args.gamma * args.gae_lambda), rel=0.02)
 
 
@@ -501,11 +516,13 @@ def test_the_implicit_derivative_equals_autograd(clip):
     code is: min(rho A, clip(rho) A) a / A."""
     rng = np.random.default_rng(1)
     logratio, a, A = 0.6 * rng.normal(size=60), *rng.normal(size=(2, 60))
-    own = blpo.implicit_derivative(np.exp(logratio), a, a, clip)
+    mb = blpo.Batch(*[None] * 6)._replace(advantages=A, weights=a)
+    own = blpo.implicit_derivative(np.exp(logratio), mb, blpo.Args(implicit_clip=clip))
     assert np.allclose(
         own, derivative(lambda x: clipped_objective(x, torch.as_tensor(a), clip), logratio), atol=1e-15
     )
-    other = blpo.implicit_derivative(np.exp(logratio), a, A, clip)
+    released = blpo.Args(implicit_clip=clip, hypergradient="released")
+    other = blpo.implicit_derivative(np.exp(logratio), mb, released)
 
     def gated(x):
         ratio, advantages = x.exp(), torch.as_tensor(A)
@@ -520,7 +537,7 @@ def test_the_implicit_derivative_equals_autograd(clip):
 def test_value_loss_and_its_derivative_equal_autograd(clip_vloss):
     rng = np.random.default_rng(2)
     V, old, R = 0.5 * rng.normal(size=(3, 80))
-    mb = ppo.Batch(obs=None, actions=None, logprobs=None, old_advantages=R - old, returns=R)
+    mb = ppo.Batch(obs=None, actions=None, logprobs=None, advantages=R - old, returns=R)
 
     def loss(values):
         returns, before = torch.as_tensor(R), torch.as_tensor(old)
@@ -706,7 +723,7 @@ def test_converged_training_satisfies_the_stackelberg_conditions():
         for name in ("s", "a", "next_s", "terminated", "cut", "r"):
             setattr(mdp, name, everything[name][rows])
         mdp.theta = theta
-        mdp.batch = mdp.make_batch()
+        mdp.make_batch()
         w, H = mdp.best_response(mdp.theta)
         mdp.old_critic = everything["old_critic"] = LinearCritic(w)
         _, _, h = mdp.hypergradient(mdp.old_critic, args)

@@ -416,7 +416,6 @@ def test_every_ppo_flag_changes_the_update(tmp_path):
 
     variants = [
         [],
-        ["--trajectory-minibatches"],
         ["--no-clip-vloss"],
         ["--vf-coef", "2"],
         ["--no-joint-grad-clip"],
@@ -541,7 +540,6 @@ BAD_BLPO = [
     (["--nested-critic-steps", "0"], "--nested-critic-steps", "at least 1"),
     (["--implicit-bound", "-0.1"], "--implicit-bound", "positive"),
     (["--implicit-clip", "0"], "--implicit-clip", "positive"),
-    (["--num-minibatches", "16"], "--num-minibatches", "--num-envs"),
 ]
 BAD_DISCRETE = [
     (["--env-id", "Pendulum-v1"], "--env-id", "_continuous.py"),
@@ -552,7 +550,6 @@ BAD_DISCRETE = [
 ]
 BAD_PPO = [
     (["--vf-coef", "0"], "--vf-coef", "positive"),
-    (["--trajectory-minibatches"], "--num-minibatches", "--num-envs"),
 ]
 
 
@@ -684,11 +681,11 @@ def test_truncation_bootstraps_and_termination_does_not(script, tmp_path):
 
 def test_next_observations_are_the_true_ones(tmp_path, monkeypatch):
     """Also where an episode was truncated, at different steps in different environments."""
-    batches, leader_gradient = [], blpo.leader_gradient
+    rollouts, leader_gradient = [], blpo.leader_gradient
 
-    def spy(J, advantages, mb, *rest):
-        batches.append(mb)
-        return leader_gradient(J, advantages, mb, *rest)
+    def spy(J, advantages, batch, transitions, *rest):
+        rollouts.append((batch.obs, transitions.all_obs, transitions.next_rows))
+        return leader_gradient(J, advantages, batch, transitions, *rest)
 
     monkeypatch.setattr(blpo, "leader_gradient", spy)
     flags = [
@@ -701,10 +698,10 @@ def test_next_observations_are_the_true_ones(tmp_path, monkeypatch):
     ]
     train(blpo, tmp_path, *TINY, *flags)
     apart = set()  # next observations that are not the next row of obs
-    for mb in batches:
-        next_obs = mb.all_obs[mb.next_rows]
-        assert (next_obs == mb.obs + 1).all()
-        apart |= set(next_obs[mb.next_rows >= len(mb.obs), 0].tolist())
+    for obs, all_obs, next_rows in rollouts:
+        next_obs = all_obs[next_rows]
+        assert (next_obs == obs + 1).all()
+        apart |= set(next_obs[next_rows >= len(obs), 0].tolist())
     assert len(apart) > 4
 
 
@@ -716,16 +713,18 @@ def walker(tmp_path_factory):
     leader_gradient = blpo.leader_gradient
     curvature = blpo.curvature
 
-    def see_ratio(J, advantages, mb, ratio, args):
-        last["ratio"] = advantages, ratio
-        return leader_gradient(J, advantages, mb, ratio, args)
+    def see_actor(J, *rest):
+        advantages, batch, transitions, actor, args = rest
+        last["rest"] = advantages, batch, transitions, args
+        last["actor"] = actor
+        return leader_gradient(J, *rest)
 
-    def see_critic(critic, mb, J, args):
-        last["moment"] = Moment(critic, mb, *last["ratio"], args)  # the critic's last step has been made
-        return curvature(critic, mb, J, args)
+    def see_critic(critic, batch, J, args):
+        last["moment"] = Moment(last["actor"], critic, *last["rest"])  # the critic's last step has been made
+        return curvature(critic, batch, J, args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blpo, "leader_gradient", see_ratio)
+        patch.setattr(blpo, "leader_gradient", see_actor)
         patch.setattr(blpo, "curvature", see_critic)
         flags = ["--env-id", "Walker2d-v4", "--total-timesteps", 61_440]
         folder = train(blpo, tmp_path_factory.mktemp("walker"), *flags)
@@ -740,11 +739,11 @@ def test_learns_to_walk_a_little(walker):
 
 
 def test_default_ihvp_on_a_trained_critic_is_within_one_percent(walker):
-    """Default rank and damping against dense float64 solves, on the last minibatch of a real run. What the
+    """Default rank and damping against dense float64 solves, on the last rollout of a real run. What the
     hypergradient takes from x = (H + rho I)^{-1} v is w = J x: w is compared where H is the whole Hessian, x
     with its Gauss-Newton part."""
     moment = doubled(blpo, walker[1])
-    critic, mb, _, _, args = moment
+    critic, batch, args = moment.critic, moment.batch, moment.args
     systems = {hessian: system(blpo, moment, hessian) for hessian in ("full", "gauss-newton")}
     v = systems["full"][1]
     identity, rho = np.eye(len(v)), args.nystrom_rho
@@ -755,7 +754,7 @@ def test_default_ihvp_on_a_trained_critic_is_within_one_percent(walker):
     for H in dense.values():
         assert np.allclose(H, H.T, atol=1e-8) and H.dtype == np.float64
     exact = {name: np.linalg.solve(H + rho * identity, v) for name, H in dense.items()}
-    J = critic.jacobian(mb.obs)
+    J = critic.jacobian(batch.obs)
 
     def errors(hessian, sketch, rank, seed=0):
         """Relative errors of x against the dense solve with the same H, with the whole H, and of J x with the

@@ -31,12 +31,25 @@ SMALL += ["--gamma", 0.95, "--gae-lambda", 0.8, "--actor-lr", 0.05, "--critic-lr
 
 
 class Trajectories:
-    """Some trajectories of a recorded rollout as float64 tensors (n, T, ...): all of them, or the chosen."""
+    """A recorded rollout as float64 tensors (N, T, ...)."""
 
-    def __init__(self, rollout, chosen=slice(None)):
+    def __init__(self, rollout):
         for name, array in rollout._asdict().items():
-            x = torch.as_tensor(array[chosen])
+            x = torch.as_tensor(array)
             setattr(self, name, x.double() if x.is_floating_point() else x)
+
+
+def minibatches_of(permutation, args):
+    """Lists of (n, t), the steps of each minibatch of a pass."""
+    assert sorted(permutation.tolist()) == list(range(N * T))
+    size = N * T // args.num_minibatches
+    for start in range(0, N * T, size):
+        yield [divmod(k, T) for k in permutation[start : start + size].tolist()]
+
+
+def chosen(x, steps):
+    """The steps (n, t) of a tensor (N, T, ...)."""
+    return torch.stack([x[n, t] for n, t in steps])
 
 
 def advantages_of(critic, rollout, args):
@@ -150,28 +163,16 @@ class PPOReference(Reference):
             b_values = self.critic.value(rollout.obs).squeeze(-1)
             b_advantages = advantages_of(self.critic, rollout, args)
             b_returns = b_advantages + b_values
-        samples = N if args.trajectory_minibatches else N * T
         assert len(iteration.permutations) == args.update_epochs
-        for b_inds in iteration.permutations:
-            assert sorted(b_inds.tolist()) == list(range(samples))
-            minibatch_size = samples // args.num_minibatches
-            for start in range(0, samples, minibatch_size):
-                mb_inds = b_inds[start : start + minibatch_size].tolist()
-                if args.trajectory_minibatches:
-                    steps = [(n, t) for n in mb_inds for t in range(T)]
-                else:
-                    steps = [divmod(k, T) for k in mb_inds]
-
-                def chosen(x):
-                    return torch.stack([x[n, t] for n, t in steps])
-
-                obs = chosen(rollout.obs)
-                newlogprob = log_prob(self.script, self.actor, obs, chosen(rollout.actions))
-                ratio = (newlogprob - chosen(b_logprobs)).exp()
-                pg_loss = surrogate(ratio, normalised(chosen(b_advantages), args), args.clip_coef)
+        for permutation in iteration.permutations:
+            for steps in minibatches_of(permutation, args):
+                obs = chosen(rollout.obs, steps)
+                newlogprob = log_prob(self.script, self.actor, obs, chosen(rollout.actions, steps))
+                ratio = (newlogprob - chosen(b_logprobs, steps)).exp()
+                pg_loss = surrogate(ratio, normalised(chosen(b_advantages, steps), args), args.clip_coef)
 
                 values = self.critic.value(obs).squeeze(-1)
-                old, returns = chosen(b_values), chosen(b_returns)
+                old, returns = chosen(b_values, steps), chosen(b_returns, steps)
                 v_loss = (values - returns) ** 2
                 self.meet(critic_loss=v_loss.mean())
                 self.meet(value_clipped=((values - old).abs() > args.clip_coef).double().mean())
@@ -199,7 +200,7 @@ class PPOReference(Reference):
     "flags",
     [
         ["--max-grad-norm", 0.5],
-        ["--trajectory-minibatches", "--no-clip-vloss", "--vf-coef", 2, "--no-joint-grad-clip"],
+        ["--no-clip-vloss", "--vf-coef", 2, "--no-joint-grad-clip"],
         ["--ent-coef", 0.1, "--no-norm-adv", "--no-anneal-lr"],
         ["--clip-coef", 0.05, "--max-grad-norm", 0.3, "--vf-coef", 1.5, "--ent-coef", 0],
     ],
@@ -207,7 +208,7 @@ class PPOReference(Reference):
 )
 @pytest.mark.parametrize("script", PPO)
 def test_ppo_updates_are_those_of_cleanrl(script, flags, tmp_path):
-    """Steps or trajectories, shuffled; one clip or two; with and without each of CleanRL's details."""
+    """One clip or two; with and without each of CleanRL's details."""
     met = check(script, flags, PPOReference, tmp_path)
     assert_all_matters(met)
 
@@ -254,36 +255,42 @@ class BLPOReference(Reference):
             old_logprobs = log_prob(self.script, self.actor, rollout.obs, rollout.actions)
             old_advantages = advantages_of(self.critic, rollout, args)
             targets = old_advantages + self.critic.value(rollout.obs).squeeze(-1)
-        assert len(iteration.permutations) == args.update_epochs
-        for permutation in iteration.permutations:
-            assert sorted(permutation.tolist()) == list(range(N))
-            size = N // args.num_minibatches
-            for start in range(0, N, size):
-                chosen = permutation[start : start + size]
-                mb = Trajectories(iteration.rollout, chosen.numpy())
-                self.update_on(mb, old_logprobs[chosen], old_advantages[chosen], targets[chosen])
+        passes = args.nested_critic_steps + 1
+        assert len(iteration.permutations) == args.update_epochs * passes
+        for epoch in range(args.update_epochs):
+            *of_critic, of_actor = iteration.permutations[epoch * passes : (epoch + 1) * passes]
+            self.best_respond(rollout.obs, targets, of_critic)
+            advantages = advantages_of(self.critic, rollout, args).detach()
+            weights = None  # what the implicit term takes of the whole rollout
+            if args.ihvp != "none":
+                weights = self.implicit_weights(rollout, old_logprobs, old_advantages, targets)
+            for steps in minibatches_of(of_actor, args):
+                self.step_actor(rollout, old_logprobs, advantages, weights, steps)
 
-    def update_on(self, mb, old_logprobs, old_advantages, targets):
-        """Algorithm 1 on one minibatch of whole trajectories."""
-        args, actor, critic = self.args, self.actor, self.critic
-        for k in range(args.nested_critic_steps):
-            error = (critic.value(mb.obs).squeeze(-1) - targets).square().mean()
-            if k == 0:
+    def best_respond(self, obs, targets, permutations):
+        critic = self.critic
+        for permutation in permutations:
+            for steps in minibatches_of(permutation, self.args):
+                values = critic.value(chosen(obs, steps)).squeeze(-1)
+                error = (values - chosen(targets, steps)).square().mean()
                 self.meet(critic_loss=error)
-            self.optimizers[1].zero_grad()
-            error.backward()
-            self.clip_gradient(critic)
-            self.optimizers[1].step()
-        self.meet(critic_loss_nested=(critic.value(mb.obs).squeeze(-1) - targets).square().mean())
+                self.optimizers[1].zero_grad()
+                error.backward()
+                self.clip_gradient(critic)
+                self.optimizers[1].step()
+        self.meet(critic_loss_nested=(critic.value(obs).squeeze(-1) - targets).square().mean())
 
-        advantages = advantages_of(critic, mb, args).detach()
-        ratio = (log_prob(self.script, actor, mb.obs, mb.actions) - old_logprobs).exp()
-        loss = surrogate(ratio, normalised(advantages, args), args.clip_coef)
-        loss = loss - args.ent_coef * mean_entropy(self.script, actor, mb.obs)
+    def step_actor(self, rollout, old_logprobs, advantages, weights, steps):
+        args, actor = self.args, self.actor
+        obs, actions = chosen(rollout.obs, steps), chosen(rollout.actions, steps)
+        ratio = (log_prob(self.script, actor, obs, actions) - chosen(old_logprobs, steps)).exp()
+        A = chosen(advantages, steps)
+        loss = surrogate(ratio, normalised(A, args), args.clip_coef)
+        loss = loss - args.ent_coef * mean_entropy(self.script, actor, obs)
         self.meet_policy(ratio, loss)
         h = flat_gradient(loss, actor, retain_graph=True)
         if args.ihvp != "none":
-            implicit = self.implicit_term(mb, ratio, advantages, old_advantages, targets)
+            implicit = self.implicit_term(ratio, A, chosen(weights, steps))
             longer = float(implicit.norm() / h.norm())
             self.meet(implicit_norm_ratio=longer)
             if args.implicit_bound < math.inf:
@@ -296,15 +303,17 @@ class BLPOReference(Reference):
         self.clip_gradient(actor)
         self.optimizers[0].step()
 
-    def implicit_term(self, mb, ratio, advantages, old_advantages, targets):
+    def implicit_weights(self, rollout, old_logprobs, old_advantages, targets):
+        """a (N, T): the implicit term is minus the gradient of the mean of ratio a, but for its gate."""
         args, actor, critic = self.args, self.actor, self.critic
-        clip = args.implicit_clip
         if args.hypergradient != "released":
-            f = -lambda_returns(critic, mb, args).mean()
+            f = -lambda_returns(critic, rollout, args).mean()
         else:
-            f = surrogate(ratio.detach(), advantages_of(critic, mb, args), args.clip_coef)
+            logprobs = log_prob(self.script, actor, rollout.obs, rollout.actions).detach()
+            ratio = (logprobs - old_logprobs).exp()
+            f = surrogate(ratio, advantages_of(critic, rollout, args), args.clip_coef)
         v = flat_gradient(f, critic)
-        w, values = values_of_flat(critic, mb.obs)
+        w, values = values_of_flat(critic, rollout.obs)
         J = jacrev(values)(w)
         if args.hessian == "full":
             H = hessian(lambda w: (values(w) - targets.flatten()).square().mean())(w)
@@ -317,21 +326,31 @@ class BLPOReference(Reference):
         self.meet(ihvp_correction=(x - v / args.nystrom_rho).norm() / (v / args.nystrom_rho).norm())
 
         if args.hypergradient != "released":
-            c = self.traces((J @ x).view_as(mb.rewards), mb)
+            c = self.traces((J @ x).view_as(rollout.rewards), rollout)
             if args.hypergradient == "mean-c":
                 c = torch.full_like(c, float(c.sum()) / c.numel())
-            a = -2 * c * old_advantages
-            self.meet_gate(ratio, a * advantages < 0)
-            return flat_gradient(surrogate(ratio, a, clip), actor)
+            return -2 * c * old_advantages
 
-        # d/d eps of grad_theta L2(theta, omega + eps x): L2 sums over steps, averages over trajectories
-        A = advantages_of(critic, mb, args)
-        e = targets - critic.value(mb.obs).squeeze(-1)
-        clipped = torch.clamp(ratio, 1 - clip, 1 + clip)
-        L2 = -2 * (torch.min(ratio * A, clipped * A) * e).sum(1).mean()
+        # L2 sums -2 ratio A e over the steps of a trajectory and averages over trajectories. The derivative
+        # of each of its terms along x, by double differentiation: A and e = R - V both move
+        factors = torch.zeros_like(targets, requires_grad=True)
+        A = advantages_of(critic, rollout, args)
+        e = targets - critic.value(rollout.obs).squeeze(-1)
+        L2 = (factors * -2 * A * e).sum(1).mean()
         along_x = flat_gradient(L2, critic, create_graph=True) @ x
-        self.meet_gate(ratio)
-        return -flat_gradient(along_x, actor)
+        (term,) = torch.autograd.grad(along_x, factors)
+        return term * factors.numel()  # the mean over steps in place of the sum
+
+    def implicit_term(self, ratio, A, a):
+        """-grad mean min(ratio a, clip(ratio) a) in the exact modes; in the released one, the gate is that of
+        the advantages, min(ratio A, clip(ratio) A) a / A."""
+        clip = self.args.implicit_clip
+        clipped = torch.clamp(ratio, 1 - clip, 1 + clip)
+        if self.args.hypergradient == "released":
+            self.meet_gate(ratio)
+            return flat_gradient(-(torch.min(ratio * A, clipped * A) * a / A).mean(), self.actor)
+        self.meet_gate(ratio, a * A < 0)
+        return flat_gradient(surrogate(ratio, a, clip), self.actor)
 
     def meet_gate(self, ratio, signs_differ=None):
         if self.args.implicit_clip == math.inf:
@@ -407,7 +426,7 @@ def assert_all_matters(met):
 FEW = ["--num-envs", 4, "--num-steps", 32, "--num-minibatches", 4, "--update-epochs", 2, "--hidden-size", 5]
 FEW += ["--total-timesteps", 512, "--eval-episodes", 0, "--norm-obs", "--norm-reward", "--ent-coef", 0.01]
 RELEASED = ["--hypergradient", "released", "--nystrom-sketch", "columns", "--hessian", "full"]
-PPO_MODES = [[], ["--trajectory-minibatches", "--no-clip-vloss", "--no-joint-grad-clip"]]
+PPO_MODES = [[], ["--no-clip-vloss", "--no-joint-grad-clip"]]
 BLPO_MODES = [[], RELEASED, ["--ihvp", "cg"], ["--ihvp", "pcg", "--nystrom-sketch", "gaussian"]]
 BLPO_MODES += [["--hypergradient", "mean-c"], ["--ihvp", "none"]]
 MODES = [(script, flags) for script in PPO for flags in PPO_MODES]

@@ -1,10 +1,10 @@
-"""What the hypergradient changes, on minibatches of real runs: a gate before anybody trains with a new one.
+"""What the hypergradient changes, on trajectories of real runs: a gate before anybody trains with a new one.
 
     python tools/gate.py runs/Walker2d-v4__blpo__1__1763900000 runs/Hopper-v4__blpo__1__1763900500
 
 With the weights c_k of the cross term (blpo_continuous.py), and the clip gates aside, the hypergradient is a
 policy gradient whose advantages have the factors 1 - 2 c_k. For each of the VARIANTS, ways to define it, this
-prints means over minibatches of
+prints means over trajectories of
 
     cosine        between grad_theta f and the whole hypergradient, 1: the same direction. Both take the
                   advantages of the regression targets, so that it shows what the factors do, and not what a
@@ -13,15 +13,15 @@ prints means over minibatches of
                   regression on the trace of a constant, sum_{t <= k, same episode} (gamma lambda)^{k-t}
     factor, sd    mean and standard deviation of 1 - 2 c_k
 
-and, as a scale, the cosine between grad_theta f on one minibatch and on the next (column "next").
+and, as a scale, the cosine between grad_theta f on one trajectory and on another (column "next").
 
 A variant that nearly keeps the direction, or whose weights say where a step lies and nothing about its state,
 needs no training run. Linear systems are solved exactly, in float64, with the Gauss-Newton matrix.
 
-A run is copied and goes on from its last checkpoint but one; it must be one of blpo_continuous.py, with
-minibatches of one trajectory each and four iterations left from there. What is measured is written to
-gate.csv, a row per run, minibatch and variant, and to gate_weights.csv the default's factors at the steps of
-the first minibatch of a run; plot.py draws both.
+A run is copied and goes on from its last checkpoint but one; it must be one of blpo_continuous.py with four
+iterations left from there. The hypergradient is calculated for single trajectories, as if each were a batch.
+What is measured is written to gate.csv, a row per run, trajectory and variant, and to gate_weights.csv the
+default's factors at the steps of the first trajectory of a run; plot.py draws both.
 """
 
 import copy
@@ -52,8 +52,8 @@ COLUMNS = ("cosine", "position", "factor", "sd")
 
 
 class Moment(NamedTuple):
-    """A minibatch of one trajectory when its hypergradient is due, and the windows of that environment before
-    it: WINDOWS of T steps each, the last of which is the minibatch."""
+    """One trajectory of a rollout when the hypergradient is due, and the windows of that environment before
+    it: WINDOWS of T steps each, the last of which is the trajectory."""
 
     actor: script.Actor
     critic: script.Critic  # in float64, after its best response
@@ -69,30 +69,29 @@ class Moment(NamedTuple):
 
 
 def moments(run: Path, count: int) -> list[Moment]:
-    """The first `count` moments of the iterations after a run's last checkpoint but one that have so many
-    windows behind them; fewer where the run ends."""
+    """The first `count` moments, one per epoch and environment, of the iterations after a run's last
+    checkpoint but one that have so many windows behind them; fewer where the run ends."""
     rollouts, taken, seen = [], [], {}
     make_batch, curvature = script.make_batch, script.curvature
 
     def see_rollout(rollout, actor, critic, args):
-        batch, explained_variance = make_batch(rollout, actor, critic, args)
+        batch, transitions, explained_variance = make_batch(rollout, actor, critic, args)
         logprobs = batch.logprobs.reshape(args.num_envs, args.num_steps)
         rollouts.append([x.copy() for x in (*rollout, logprobs)])
         seen["actor"], seen["critic"] = actor, in_precision(critic, torch.float64)
-        return batch, explained_variance
+        return batch, transitions, explained_variance
 
-    def see_minibatch(critic, mb, J, args):
+    def see_response(critic, batch, J, args):
         if len(rollouts) >= WINDOWS:
-            windows = rollouts[-WINDOWS:]
-            n = next(n for n, obs in enumerate(windows[-1][0]) if np.array_equal(obs, mb.obs))
-            streams = (np.stack([window[i][n] for window in windows]) for i in range(len(windows[-1])))
-            critics = in_precision(critic, torch.float64), seen["critic"]
-            taken.append(Moment(copied(seen["actor"]), *critics, *streams, args))
-        if len(taken) == count:
+            for n in range(args.num_envs):
+                streams = (np.stack([x[n] for x in windows]) for windows in zip(*rollouts[-WINDOWS:]))
+                critics = in_precision(critic, torch.float64), seen["critic"]
+                taken.append(Moment(copied(seen["actor"]), *critics, *streams, args))
+        if len(taken) >= count:
             raise Enough
-        return curvature(critic, mb, J, args)
+        return curvature(critic, batch, J, args)
 
-    script.make_batch, script.curvature = see_rollout, see_minibatch
+    script.make_batch, script.curvature = see_rollout, see_response
     try:
         with tempfile.TemporaryDirectory() as folder:
             going = shutil.copytree(run, Path(folder) / run.name)
@@ -101,7 +100,7 @@ def moments(run: Path, count: int) -> list[Moment]:
         pass
     finally:
         script.make_batch, script.curvature = make_batch, curvature
-    return taken
+    return taken[:count]
 
 
 def copied(actor: script.Actor) -> script.Actor:
@@ -164,9 +163,9 @@ def hypergradient(
 ) -> Terms:
     """The two terms of the hypergradient of a moment.
 
-    rho: damping, None for that of the run. windows: how many of them are in the batch; if not just the
-    minibatch, steps have importance weights, cut off at 1 as in Retrace. carried: the traces c_k begin in the
-    window before. leader: "return" is the mean of A + V, "start" the mean of V at the first states of the
+    rho: damping, None for that of the run. windows: how many of them are in the batch; with more than one,
+    steps have importance weights, cut off at 1 as in Retrace. carried: the traces c_k begin in the window
+    before. leader: "return" is the mean of A + V, "start" the mean of V at the first states of the
     episodes that begin in the batch, or at all states if none does. features: the parameters of the critic
     that respond: "all", "no output bias", or "head", the output layer alone, without its bias.
     """
@@ -254,7 +253,7 @@ def age_in_window(done):
 
 
 def table(found: list[dict]) -> str:
-    """Markdown: means over all minibatches of each variant, of the cosine the smallest besides."""
+    """Markdown: means over all trajectories of each variant, of the cosine the smallest besides."""
     lines = []
     for variant in dict.fromkeys(row["variant"] for row in found):
         chosen = [row for row in found if row["variant"] == variant]
@@ -268,7 +267,7 @@ def table(found: list[dict]) -> str:
     scales = [float(row["next"]) for row in found if row["next"]]
     if not scales:
         return markdown(head, lines)
-    scale = f"cosine between grad_theta f on one minibatch and on the next: {np.mean(scales):.2f}"
+    scale = f"cosine between grad_theta f on one trajectory and on another: {np.mean(scales):.2f}"
     return markdown(head, lines) + "\n\n" + scale
 
 
@@ -279,8 +278,8 @@ def table(found: list[dict]) -> str:
 class Args:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """folders of runs of blpo_continuous.py"""
-    minibatches: int = 8
-    """minibatches of each run"""
+    trajectories: int = 8
+    """trajectories of each run"""
     results_dir: Path = Path("results")
     """folder of gate.csv and gate_weights.csv"""
 
@@ -290,10 +289,7 @@ def misfit(run: Path) -> bool:
     if not (run / "config.json").exists() or not (run / "checkpoint.previous.pt").exists():
         return True
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    flags = config["flags"]
-    if config["script"] != "blpo_continuous.py" or flags["ihvp"] == "none":
-        return True
-    return flags["num_envs"] != flags["num_minibatches"]
+    return config["script"] != "blpo_continuous.py" or config["flags"]["ihvp"] == "none"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -301,16 +297,15 @@ def main(argv: list[str] | None = None) -> None:
     args = tyro.cli(Args, args=argv, description=__doc__)
     if bad := [str(run) for run in args.runs if misfit(run)]:
         names = ", ".join(bad)
-        need = "two checkpoints, a solver and one trajectory a minibatch"
-        sys.exit(f"error: {names}: not a run of blpo_continuous.py with {need}")
+        sys.exit(f"error: {names}: not a run of blpo_continuous.py with two checkpoints and a solver")
     found, weights = [], []
     for run in args.runs:
-        taken = moments(run, args.minibatches)
+        taken = moments(run, args.trajectories)
         if not taken:
             sys.exit(f"error: {run} has no {WINDOWS} iterations after its last checkpoint but one")
         directs = [hypergradient(moment).direct for moment in taken]
         for i, moment in enumerate(taken):
-            name = {"env_id": moment.args.env_id, "steps": moment.args.total_timesteps, "minibatch": i}
+            name = {"env_id": moment.args.env_id, "steps": moment.args.total_timesteps, "trajectory": i}
             for variant, how in VARIANTS.items():
                 terms = hypergradient(moment, **how)
                 numbers = {column: f"{value:.4g}" for column, value in judged(terms).items()}

@@ -2,8 +2,8 @@
 
     python tools/solvers.py runs/Walker2d-v4__blpo__1__1763900000 runs/Hopper-v4__blpo__1__1763900500
 
-Every run is copied and goes on from the last checkpoint but one, so that critic, minibatches and v are those
-of training; the run itself stays as it is. Writes one row for each environment, solver, kind of products and
+Every run is copied and goes on from the last checkpoint but one, so that critic, rollouts and v are those of
+training; the run itself stays as it is. Writes one row for each environment, solver, kind of products and
 budget (products with H): the relative residual ||(H + rho I) x - v|| / ||v||, with the whole Hessian in
 float64 whatever the solver used, and the milliseconds of a solve in float32 (one thread, median of
 repetitions, products included).
@@ -49,8 +49,8 @@ BUDGETS = {
 class Args:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """folders of BLPO runs"""
-    minibatches: int = 5
-    """minibatches of each run"""
+    systems: int = 5
+    """linear systems of each run, one per epoch"""
     repeat: int = 7
     """timed repetitions of a solve"""
     csv: Path = Path("results/solvers.csv")
@@ -64,10 +64,11 @@ class Enough(Exception):
 class Moment(NamedTuple):
     """What a run handed to its hypergradient."""
 
+    actor: torch.nn.Module
     critic: torch.nn.Module
-    mb: NamedTuple  # the script's Batch
-    advantages: np.ndarray  # (B,)
-    ratio: np.ndarray  # (B,)
+    advantages: np.ndarray  # (B,), under that critic
+    batch: NamedTuple  # the script's Batch
+    transitions: NamedTuple  # the script's Transitions
     args: object  # the run's flags
 
 
@@ -78,17 +79,20 @@ def moments(run: Path, count: int):
     leader_gradient = script.leader_gradient
     curvature = script.curvature
 
-    def see_ratio(J, advantages, mb, ratio, args):
-        taken.append((advantages, ratio))
-        return leader_gradient(J, advantages, mb, ratio, args)
+    seen = {}
 
-    def see_critic(critic, mb, J, args):
-        taken[-1] = Moment(in_precision(critic, torch.float32), mb, *taken[-1], args)
+    def see_actor(J, advantages, batch, transitions, actor, args):
+        seen["rest"] = advantages, batch, transitions, args
+        seen["actor"] = copy.deepcopy(actor)
+        return leader_gradient(J, advantages, batch, transitions, actor, args)
+
+    def see_critic(critic, batch, J, args):
+        taken.append(Moment(seen["actor"], in_precision(critic, torch.float32), *seen["rest"]))
         if len(taken) == count:
             raise Enough
-        return curvature(critic, mb, J, args)
+        return curvature(critic, batch, J, args)
 
-    script.leader_gradient = see_ratio
+    script.leader_gradient = see_actor
     script.curvature = see_critic
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -112,18 +116,19 @@ def in_precision(critic, dtype):
 
 def doubled(script, moment: Moment) -> Moment:
     """The same in float64."""
-    critic, mb, advantages, ratio, args = moment
-    mb = script.Batch(*(x.astype(float) if x.dtype == np.float32 else x for x in mb))
+    actor, critic, advantages, batch, transitions, args = moment
+    batch = script.Batch(*(x.astype(float) if x.dtype == np.float32 else x for x in batch))
+    transitions = script.Transitions(*(x.astype(float) if x.dtype == np.float32 else x for x in transitions))
     critic = in_precision(critic, torch.float64)
-    return Moment(critic, mb, advantages.astype(float), ratio.astype(float), args)
+    return Moment(actor, critic, advantages.astype(float), batch, transitions, args)
 
 
 def system(script, moment: Moment, hessian: str):
     """The map u -> H u, by products of the kind `hessian`, and v (p,), by the script's own functions."""
-    critic, mb, advantages, ratio, args = moment
-    J = critic.jacobian(mb.all_obs)
-    v = script.leader_gradient(J, advantages, mb, ratio, args)
-    return script.curvature(critic, mb, J, replace(args, hessian=hessian)), v
+    actor, critic, advantages, batch, transitions, args = moment
+    J = critic.jacobian(transitions.all_obs)
+    v = script.leader_gradient(J, advantages, batch, transitions, actor, args)
+    return script.curvature(critic, batch, J, replace(args, hessian=hessian)), v
 
 
 def misfit(run: Path) -> bool:
@@ -137,12 +142,12 @@ def misfit(run: Path) -> bool:
 
 def setup_ms(script, moment: Moment, hessian: str, repeat: int) -> float:
     """Milliseconds of what comes before the first product, beyond the Jacobian, which v needs anyway."""
-    critic, mb, _, _, args = moment
-    J = critic.jacobian(mb.all_obs)
+    _, critic, _, batch, transitions, args = moment
+    J = critic.jacobian(transitions.all_obs)
     spent = []
     for _ in range(repeat):
         begin = time.perf_counter()
-        script.curvature(critic, mb, J, replace(args, hessian=hessian))
+        script.curvature(critic, batch, J, replace(args, hessian=hessian))
         spent.append(1e3 * (time.perf_counter() - begin))
     return statistics.median(spent)
 
@@ -196,7 +201,7 @@ class Case:
 
 
 def cases_of(run: Path, args: Args) -> list[Case]:
-    script, taken = moments(run, args.minibatches)
+    script, taken = moments(run, args.systems)
     cases = []
     for hessian in ("gauss-newton", "full"):
         setup = statistics.median(setup_ms(script, moment, hessian, args.repeat) for moment in taken)
