@@ -1,14 +1,16 @@
 """Bilevel policy optimization (BLPO) with Nystrom hypergradients, for continuous actions, in one file.
 
 Prakash, He, Goktas & Greenwald, "Bi-Level Policy Optimization with Nystrom Hypergradients", arXiv:2505.11714.
-The actor (parameters theta) leads, the critic V (omega) follows. For every minibatch of whole trajectories, B
-steps with advantages A and lambda-returns R:
+The actor (parameters theta) leads, the critic V (omega) follows. In every epoch over a rollout of B steps,
+with advantages A and lambda-returns R:
 
-    1. K_omega critic steps on g = mean (R - V)^2: the critic best-responds before the actor moves ("nesting")
+    1. K_omega passes of critic steps on g = mean (R - V)^2: the critic best-responds first ("nesting")
     2. v = grad_omega f                     f: the leader's loss, -mean ratio (A + V); A + V is the return
     3. x = (H + rho I)^{-1} v               H = grad^2_omega g, by the Nystrom method (nystrom.py)
     4. h = grad_theta f - (grad^2_theta,omega g) x        the hypergradient, grad_theta f as PPO takes it
-    5. one actor step along -h
+    5. a pass of actor steps along -h
+
+Steps along gradients are made on minibatches, drawn from all steps of the rollout; 2 and 3 take it whole.
 
 g depends on theta through the distribution of the returns that the critic regresses on. The cross term is a
 policy gradient, with w_k = grad V(s_k) . x and c_k = sum_{t <= k, same episode} (gamma lambda)^{k-t} w_t,
@@ -83,7 +85,7 @@ class Args(RunFlags):
     """gradient norm at which each network's gradient is clipped"""
     # BLPO:
     nested_critic_steps: Count = 2
-    """critic steps per actor step, K_omega"""
+    """passes of critic steps before a pass of actor steps, K_omega"""
     ihvp: Literal["nystrom", "cg", "pcg", "none"] = "nystrom"
     """solver of step 3; "pcg" is CG preconditioned by the Nystrom sketch, "none" is nesting only"""
     hypergradient: Literal["exact", "mean-c", "released"] = "exact"
