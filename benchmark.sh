@@ -82,30 +82,29 @@ sys.exit(not (f("gymnasium") and f("torch")))'
 }
 
 method_command() { # sets script and method_flags for method $1 and $2 (continuous or discrete) actions
-    # BLPO's loss, one trajectory a minibatch, and its step sizes; with continuous actions its rollouts, too.
-    # With discrete actions the rollouts of both scripts are the same by default.
-    local matched=(--trajectory-minibatches --critic-lr 1e-3 --no-clip-vloss --vf-coef 2 --no-joint-grad-clip)
-    local matched_rollouts=(--num-envs 8 --num-steps 256 --num-minibatches 8)
-    matched_rollouts+=(--update-epochs 5 --actor-lr 6e-4)
+    # BLPO's losses and step sizes; with continuous actions its rollouts, minibatches and clip range, too, which
+    # with discrete actions are the same in both scripts by default.
+    local matched=(--critic-lr 1e-3 --no-clip-vloss --vf-coef 2 --no-joint-grad-clip)
+    local matched_rollouts=(--num-envs 8 --num-steps 256 --num-minibatches 16)
+    matched_rollouts+=(--update-epochs 5 --actor-lr 6e-4 --clip-coef 0.3)
     script=blpo_$2.py
     method_flags=()
     case $1 in
         blpo) ;;
         blpo-released | mean-c) method_flags=(--hypergradient "${1#blpo-}") ;;
         blpo-cg | blpo-pcg) method_flags=(--ihvp "${1#blpo-}") ;;
-        nested | nested-clip0.5) method_flags=(--ihvp none) ;;
+        nested) method_flags=(--ihvp none) ;;
         ppo) script=ppo_$2.py ;; # CleanRL's details and flags
-        ppo-matched | ppo-matched-clip0.5)
+        ppo-matched)
             script=ppo_$2.py
             method_flags=("${matched[@]}")
             [[ $2 == discrete ]] || method_flags+=("${matched_rollouts[@]}")
             ;;
         *)
-            local known="ppo, ppo-matched, nested, mean-c, blpo, blpo-released, blpo-cg, blpo-pcg,"
-            fail "METHODS knows $known nested-clip0.5 and ppo-matched-clip0.5, not $1"
+            local known="ppo, ppo-matched, nested, mean-c, blpo, blpo-released, blpo-cg and blpo-pcg"
+            fail "METHODS knows $known, not $1"
             ;;
     esac
-    if [[ $1 == *-clip0.5 ]]; then method_flags+=(--clip-coef 0.5); fi # as BLPO's --implicit-clip
 }
 
 # Jobs: a job is an index into the arrays job_envs, job_kinds, job_methods, job_seeds and job_names

@@ -122,7 +122,8 @@ def write_run_folder(folder, *files, steps=960):
 # The commands
 
 MATCHED = "--critic-lr 1e-3 --no-clip-vloss --vf-coef 2 --no-joint-grad-clip"
-MATCHED_ROLLOUTS = "--num-envs 8 --num-steps 256 --num-minibatches 8 --update-epochs 5 --actor-lr 6e-4"
+MATCHED_ROLLOUTS = "--num-envs 8 --num-steps 256 --num-minibatches 16 --update-epochs 5 --actor-lr 6e-4"
+MATCHED_ROLLOUTS += " --clip-coef 0.3"
 COMMANDS = {
     ("Pendulum-v1", "blpo"): ("blpo_continuous.py", ""),
     ("Pendulum-v1", "blpo-released"): ("blpo_continuous.py", "--hypergradient released"),
@@ -130,23 +131,16 @@ COMMANDS = {
     ("Pendulum-v1", "blpo-cg"): ("blpo_continuous.py", "--ihvp cg"),
     ("Pendulum-v1", "blpo-pcg"): ("blpo_continuous.py", "--ihvp pcg"),
     ("Pendulum-v1", "nested"): ("blpo_continuous.py", "--ihvp none"),
-    ("Pendulum-v1", "nested-clip0.5"): ("blpo_continuous.py", "--ihvp none --clip-coef 0.5"),
     ("Pendulum-v1", "ppo"): ("ppo_continuous.py", ""),
     ("Pendulum-v1", "ppo-matched"): ("ppo_continuous.py", f"{MATCHED} {MATCHED_ROLLOUTS}"),
-    ("Pendulum-v1", "ppo-matched-clip0.5"): (
-        "ppo_continuous.py",
-        f"{MATCHED} {MATCHED_ROLLOUTS} --clip-coef 0.5",
-    ),
     ("CartPole-v1", "blpo"): ("blpo_discrete.py", ""),
     ("CartPole-v1", "blpo-released"): ("blpo_discrete.py", "--hypergradient released"),
     ("CartPole-v1", "mean-c"): ("blpo_discrete.py", "--hypergradient mean-c"),
     ("CartPole-v1", "blpo-cg"): ("blpo_discrete.py", "--ihvp cg"),
     ("CartPole-v1", "blpo-pcg"): ("blpo_discrete.py", "--ihvp pcg"),
     ("CartPole-v1", "nested"): ("blpo_discrete.py", "--ihvp none"),
-    ("CartPole-v1", "nested-clip0.5"): ("blpo_discrete.py", "--ihvp none --clip-coef 0.5"),
     ("CartPole-v1", "ppo"): ("ppo_discrete.py", ""),
     ("CartPole-v1", "ppo-matched"): ("ppo_discrete.py", MATCHED),
-    ("CartPole-v1", "ppo-matched-clip0.5"): ("ppo_discrete.py", f"{MATCHED} --clip-coef 0.5"),
 }
 STEPS = {"Pendulum-v1": "1000000", "CartPole-v1": "500000"}
 
