@@ -7,7 +7,8 @@ seed, so that every level of a factor is in equally many of them.
     python tools/tuning.py collect    # results/tuning.csv, a line per finished run
     python tools/tuning.py table      # configurations by their score, best first
 
-Runs that are in the folder or in the CSV file are not started again. The score of a configuration is the mean
+The commands are for the scripts of commit 29a3403, which could still make minibatches of whole windows. Runs
+that are in the folder or in the CSV file are not started again. The score of a configuration is the mean
 over environments of its mean return there divided by the mean of all runs there, of whatever method. Only
 configurations are compared that have been run with the same seeds.
 """
