@@ -82,8 +82,8 @@ sys.exit(not (f("gymnasium") and f("torch")))'
 }
 
 method_command() { # sets script and method_flags for method $1 and $2 (continuous or discrete) actions
-    # BLPO's losses and step sizes; with continuous actions its rollouts, minibatches and clip range, too. They
-    # are the same in both scripts for discrete actions.
+    # BLPO's losses and step sizes; its rollouts, minibatches and clip range where PPO's own are others, with
+    # continuous actions.
     local matched=(--critic-lr 1e-3 --no-clip-vloss --vf-coef 2 --no-joint-grad-clip)
     local matched_rollouts=(--num-envs 8 --num-steps 256 --num-minibatches 16)
     matched_rollouts+=(--update-epochs 5 --actor-lr 6e-4 --clip-coef 0.3)
