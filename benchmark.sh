@@ -2,7 +2,7 @@
 # Methods x environments x seeds, each run a single-threaded process, as many at once as there are cores; then
 # tables and figures.
 #
-#     bash benchmark.sh                                  # what the README shows, hours
+#     bash benchmark.sh                                  # three methods, four tasks, five seeds, hours
 #     ENVS="Hopper-v4 CartPole-v1" SEEDS="1 2 3" METHODS="blpo nested" STEPS=200000 JOBS=4 \
 #         RUNS_DIR=runs-short bash benchmark.sh
 #     bash benchmark.sh --dry-run                        # only print the commands
@@ -87,6 +87,9 @@ method_command() { # sets script and method_flags for method $1 and $2 (continuo
     local matched=(--critic-lr 1e-3 --no-clip-vloss --vf-coef 2 --no-joint-grad-clip)
     local matched_rollouts=(--num-envs 8 --num-steps 256 --num-minibatches 16)
     matched_rollouts+=(--update-epochs 5 --actor-lr 6e-4 --clip-coef 0.3)
+    local unknown="METHODS knows ppo, ppo-matched, nested, mean-c, blpo, blpo-released, blpo-cg, blpo-pcg,"
+    unknown+=" and sac, drlhf, sobirl, sobirl-unbounded, sobirl-four, sobirl-authors, hpgd, pbrl, random"
+    unknown+=", not $1"
     script=blpo_$2.py
     method_flags=()
     case $1 in
@@ -100,10 +103,21 @@ method_command() { # sets script and method_flags for method $1 and $2 (continuo
             method_flags=("${matched[@]}")
             [[ $2 == discrete ]] || method_flags+=("${matched_rollouts[@]}")
             ;;
-        *)
-            local known="ppo, ppo-matched, nested, mean-c, blpo, blpo-released, blpo-cg and blpo-pcg"
-            fail "METHODS knows $known, not $1"
+        sac | drlhf | sobirl | hpgd | pbrl | random)
+            script=sobirl_$2.py
+            method_flags=(--method "$1")
             ;;
+        sobirl-*) # without a bound; four: in the last four updates; authors: also as they publish it
+            script=sobirl_$2.py
+            method_flags=(--method sobirl --hyper-bound 0)
+            case ${1#sobirl-} in
+                unbounded) ;;
+                four) method_flags+=(--hyper-steps 4) ;;
+                authors) method_flags+=(--hyper-pairs queue --no-baseline) ;;
+                *) fail "$unknown" ;;
+            esac
+            ;;
+        *) fail "$unknown" ;;
     esac
 }
 
@@ -117,9 +131,11 @@ import os, sys, gymnasium
 answers = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(2, 1)
 sys.path.insert(0, sys.argv[1])
+from support import games
 from support.names import slug
 for env_id in sys.argv[2:]:
     try:
+        games.register(env_id)
         space = gymnasium.make(env_id, disable_env_checker=True).action_space
     except BaseException:
         space = None

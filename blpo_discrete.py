@@ -4,10 +4,10 @@ Prakash, He, Goktas & Greenwald, "Bi-Level Policy Optimization with Nystrom Hype
 The actor (parameters theta) leads, the critic V (omega) follows. In every epoch over a rollout of B steps,
 with advantages A and lambda-returns R:
 
-    1. K_omega passes of critic steps on g = mean (R - V)^2: the critic best-responds first ("nesting")
+    1. K_omega passes of critic steps on g = mean (R - V)^2, then A from that critic ("nesting")
     2. v = grad_omega f                     f: the leader's loss, -mean ratio (A + V); A + V is the return
     3. x = (H + rho I)^{-1} v               H = grad^2_omega g, by the Nystrom method (nystrom.py)
-    4. h = grad_theta f - (grad^2_theta,omega g) x        the hypergradient, grad_theta f as PPO takes it
+    4. h = grad_theta f - (grad^2_theta,omega g) x        grad_theta f as PPO takes it, and the implicit term
     5. a pass of actor steps along -h
 
 Steps along gradients are made on minibatches, drawn from all steps of the rollout; 2 and 3 take it whole.
@@ -15,10 +15,10 @@ Steps along gradients are made on minibatches, drawn from all steps of the rollo
 g depends on theta through the distribution of the returns that the critic regresses on. The cross term is a
 policy gradient, with w_k = grad V(s_k) . x and c_k = sum_{t <= k, same episode} (gamma lambda)^{k-t} w_t,
 
-    (grad^2_theta,omega g) x = -(2/B) sum_k c_k A_k grad_theta log pi(a_k | s_k),    A = R - V_old,
+    (grad^2_theta,omega g) x = -(2/B) sum_k c_k A_k grad_theta log pi(a_k | s_k),    A = R - V_old here,
 
-and costs one product with the actor's Jacobian. tests/test_math.py proves it, with the distribution of
-visited states held fixed. Deliberate deviations from the paper: README.md, "Which hypergradient?".
+and costs one product with the actor's Jacobian. tests/test_math.py checks it, with the distribution of
+visited states held fixed. Deliberate deviations from the paper: docs/hypergradient.md.
 `diff ppo_discrete.py blpo_discrete.py` is the method: what it adds is marked `# BLPO:`.
 """
 
@@ -283,8 +283,8 @@ def standardized(x):
 
 
 def leader_gradient(J, advantages, batch: Batch, transitions: Transitions, actor: Actor, args: Args):
-    """v = grad_omega f (p,). The A are linear in V: A = Gamma delta and delta = r + discount V' - V: with
-    df/d delta = Gamma^T df/dA, V has -df/d delta and the V' of the step discount * df/d delta.
+    """v = grad_omega f (p,), p parameters. A = Gamma delta with delta = r + discount V' - V, so that
+    df/d delta = Gamma^T df/dA; then V receives -df/d delta, and V' discount * df/d delta.
     exact: f = -mean (A + V), the ratio taken as 1, so that df/dA = -1/B, and V has -1/B more.
     released: f is the clipped surrogate, in which the baseline -V of A counts, as in the authors' code."""
     xp, B = namespace(advantages), len(advantages)

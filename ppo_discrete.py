@@ -7,7 +7,7 @@ bootstraps; running statistics are shared by all environments, without the last 
 actor and critic have an optimizer each (the same update, since Adam is separable).
 
 `diff ppo_discrete.py blpo_discrete.py` is the method. The flags for a comparison in which nothing else
-differs are in README.md, "PPO, matched".
+differs are in docs/benchmark.md, "PPO, matched".
 """
 
 import math

@@ -147,6 +147,7 @@ class Problem:
     horizon: int = 0  # steps of a trajectory; 0: it goes on with probability upper_gamma
     upper_gamma: float = 0.0
     optimum: float = math.nan  # min phi where it is known
+    true: torch.Tensor | None = None  # (S, A), the reward that preferences come from
 
     @property
     def rho(self):  # (S,), uniform
@@ -276,6 +277,7 @@ def preference(seed: int, S: int = 4, A: int = 3, H: int = 2) -> Problem:
         beta_sampled=0.1,
         tuple_size=2,
         horizon=H,
+        true=true,
     )
 
 

@@ -7,7 +7,8 @@ import warnings
 
 from support.environments import check_env_id, find_modules_here
 from support.evaluation import evaluate_run
-from support.flags import check_run_flags, given_flags, parse_args, print_anything, script_of
+from support.flags import check_run_flags, given_flags, parse_args, print_anything
+from support.games import check_packages
 from support.run_folder import check_runs_dir
 from support.saved import go_on, load_to_evaluate, load_to_resume
 
@@ -19,7 +20,7 @@ def own_process() -> None:
     # The published tables use the v4 environments; Gymnasium warns of each that it is out of date
     warnings.filterwarnings("ignore", message=".*is out of date.*")
     # Updates that are not finite are skipped, counted and reported; environments may still warn
-    ours = r"(__main__|jacobian|nystrom|numpy\._core\._methods)$"
+    ours = r"(__main__|jacobian|leader|nystrom|support\.replay|numpy\._core\._methods)$"
     warnings.filterwarnings("ignore", category=RuntimeWarning, module=ours)
     gc.freeze()  # what the imports made will never be garbage: the collector need not go through it again
 
@@ -29,7 +30,7 @@ def start(Args, check_args, train, Actor, description: str, argv: list[str] | No
     if argv is None:
         own_process()
     args = parse_args(Args, description, argv)
-    args.exp_name = args.exp_name or script_of(args).stem
+    args.exp_name = args.exp_name or args.usual_name
     args.require("resume", not (args.resume and args.evaluate), "be empty with --evaluate: give one of them")
     for flag in {"resume", "evaluate"} & given_flags(args, argv):
         args.require(flag, getattr(args, flag) != "", "name the folder of a run")
@@ -37,6 +38,7 @@ def start(Args, check_args, train, Actor, description: str, argv: list[str] | No
     if args.evaluate:
         args, path, saved = load_to_evaluate(args, argv)
         check_run_flags(args)
+        check_packages(args.env_id)
         return evaluate_run(Actor, args, path, saved)
 
     checkpoint = None

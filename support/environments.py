@@ -23,6 +23,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
+from support import games
 from support.flags import FOREIGN, fail, say, script_of, shown
 from support.run_folder import EnvironmentFailed, Run, Stop
 
@@ -53,22 +54,29 @@ def find_modules_here() -> None:
 def check_env_id(env_id: str) -> None:
     """Refuses an environment that is not registered, or known not to work."""
     module, _, name = env_id.rpartition(":")
+    games.check_packages(env_id)
     try:
         if module:
             importlib.import_module(module)
+        games.register(name)
         gym.spec(name)
     except FOREIGN as problem:  # a foreign module may raise anything
         close = difflib.get_close_matches(name, gym.registry, n=3)
         hint = f"; did you mean {', '.join(close)}?" if close else ""
+        hint += games.hint(name)
         fail(f"--env-id {env_id}: {shown(problem)}{hint}")
     if name == "Pusher-v4":
         fail("--env-id Pusher-v4 does not work with mujoco >= 3: use Pusher-v5")
 
 
-def make_env(args, **options) -> gym.Env:
-    """An environment with flat observations, (obs_dim,), and with actions of about the size of 1."""
+def make_env(args, training=True, **options) -> gym.Env:
+    """An environment with flat observations, (obs_dim,), and with actions of about the size of 1. In training
+    an episode of an Atari game is a life, and rewards are signs."""
     options = args.env_options | options | {"disable_env_checker": True}
+    games.register(args.env_id)
     env = gym.make(args.env_id, **options)
+    if games.is_atari(env):
+        env = games.seen_by_policies(env, training)
     if args.env_id in ONE_ISLAND and not args.env_options:
         import mujoco  # which other environments do not need
 
@@ -112,6 +120,33 @@ def text_parts(space: gym.Space) -> list[str]:
     if not isinstance(space, gym.spaces.Dict):
         return []
     return [key for key, part in space.items() if isinstance(part, gym.spaces.Text)]
+
+
+class Image(NamedTuple):
+    """The form of images, which are observed flat, as all observations are."""
+
+    height: int
+    width: int
+    channels: int
+    top: float  # the largest value: 255 of bytes, 1 of booleans
+    frames: bool = False  # channels are the last pictures of a game, one after the other, the newest last
+
+
+def image_of(env: gym.Env) -> Image | None:
+    """The form of images (height, width, channels) of bytes or booleans, or of frames (channels, height,
+    width), before a FlattenObservation around env; None for observations of any other kind."""
+    for layer in wrappers(env):
+        if isinstance(layer, gym.wrappers.FlattenObservation):
+            space = layer.env.observation_space
+            small = isinstance(space, gym.spaces.Box) and space.dtype in (np.uint8, np.bool_)
+            if small and len(space.shape) == 3:
+                stacks = [x for x in wrappers(layer.env) if isinstance(x, gym.wrappers.FrameStackObservation)]
+                frames = any(x.padding_type == "reset" and x.observation_space == space for x in stacks)
+                if stacks and not frames:
+                    return None
+                shape = (*space.shape[1:], space.shape[0]) if frames else space.shape
+                return Image(*shape, float(space.high.max()), frames)
+    return None
 
 
 def unflattenable(space: gym.Space, name: str = "") -> str:
@@ -182,10 +217,11 @@ class Environments:
     SyncVectorEnv.
 
     `actions` is the class of action spaces that the script can train on; anything else is refused in one
-    line. `obs` is what the policy sees now, `steps` counts the steps of all environments together.
+    line; `images` says whether its networks see them as such. `obs` is what the policy sees now, `steps`
+    counts the steps of all environments together.
     """
 
-    def __init__(self, args, actions: type):
+    def __init__(self, args, actions: type, images: bool = False):
         self.args = args
         N = args.num_envs
         try:
@@ -196,7 +232,8 @@ class Environments:
         self.action_space = self.envs[0].action_space
         self.refuse_other_spaces(actions, shapes)
         self.obs_dim = self.envs[0].observation_space.shape[0]
-        self.note_what_was_changed()
+        self.image = image_of(self.envs[0])
+        self.note_what_was_changed(images)
 
         self.obs_rms = RunningMeanStd(self.obs_dim) if args.norm_obs else None
         self.return_rms = RunningMeanStd()
@@ -237,13 +274,15 @@ class Environments:
         if problem:
             fail(f"--env-id {self.args.env_id} {problem}")
 
-    def note_what_was_changed(self) -> None:
+    def note_what_was_changed(self, images: bool) -> None:
         """Says what the policy does not see or do as the environment has it."""
         core = self.envs[0].unwrapped
         if texts := text_parts(core.observation_space):
             say(f"note: text is left out of the observations: {', '.join(texts)}", error=True)
-        if self.obs_dim >= MANY:
+        if self.obs_dim >= MANY and not (images and self.image):
             shape = getattr(core.observation_space, "shape", None)
+            if self.image and self.image.frames:
+                shape = (self.image.channels, self.image.height, self.image.width)
             what = f"observations {shape or ''} are flattened to {self.obs_dim:,} numbers"
             cost = "there is no convolution here, and a step will take milliseconds"
             say(f"note: {what}: {cost}; use a wrapper that extracts features", error=True)
@@ -280,7 +319,7 @@ class Environments:
         self.steps += len(self.envs)
         try:
             results = [env.step(action) for env, action in zip(self.envs, actions)]
-            observed, reward, terminated, truncated, _ = zip(*results)
+            observed, reward, terminated, truncated, infos = zip(*results)
             reward = np.array(reward, float).reshape(len(self.envs))  # from numbers, or arrays of one
             terminated = np.array(terminated, np.float32).reshape(len(self.envs))
             done = np.array(truncated, bool).reshape(len(self.envs)) | (terminated > 0)
@@ -292,9 +331,9 @@ class Environments:
             raise EnvironmentFailed(self.args.env_id, self.steps) from problem
         self.run.lap("env")
         self.check_finite(self.raw_obs, self.last_obs, reward[:, None])
-        return self.normalise_and_record(reward, terminated, done)
+        return self.normalise_and_record(reward, terminated, done, infos)
 
-    def normalise_and_record(self, reward, terminated, done) -> Step:
+    def normalise_and_record(self, reward, terminated, done, infos) -> Step:
         """Updates running statistics, normalises by them, and writes a row for every episode that ended."""
         self.episode_return += reward
         self.episode_length += 1
@@ -308,15 +347,16 @@ class Environments:
         self.obs[:] = self.normalize(self.raw_obs)
         next_obs = self.normalize(self.last_obs) if done.any() else self.obs
         for i in np.flatnonzero(done):
-            self.end_episode(i)
+            self.end_episode(i, infos[i])
         return Step(next_obs, reward, terminated, done)
 
-    def end_episode(self, i: int) -> None:
-        episode_return = float(self.episode_return[i])
-        length = int(self.episode_length[i])
-        self.run.write("episodes.csv", f"{self.steps},{episode_return!r},{length}")
-        self.recent.append((episode_return, length))
-        self.episodes += 1
+    def end_episode(self, i: int, info: dict) -> None:
+        """Records it; of an Atari game, whose episodes are lives, the whole games that are over."""
+        episode = float(self.episode_return[i]), int(self.episode_length[i])
+        for episode_return, length in info.get(games.ENDED, [episode]):
+            self.run.write("episodes.csv", f"{self.steps},{episode_return!r},{length}")
+            self.recent.append((episode_return, length))
+            self.episodes += 1
         self.episode_return[i] = 0
         self.episode_length[i] = 0
         self.discounted_return[i] = 0
@@ -396,33 +436,63 @@ def wrappers(env: gym.Env) -> list[gym.Env]:
 
 
 def pack(value):
-    """NumPy's values as tensors, which torch.load reads safely; None for what is not plain data."""
-    if isinstance(value, tuple):
-        return tuple(map(pack, value))
+    """Plain data, with NumPy's values as tensors, which torch.load reads safely; None for anything else."""
+    if isinstance(value, np.random.RandomState):
+        value = value.get_state()
+    if isinstance(value, (tuple, list, deque)):
+        items = [pack(item) for item in value]
+        unknown = any(item is None and part is not None for item, part in zip(items, value))
+        return None if unknown else tuple(items) if isinstance(value, tuple) else items
     if isinstance(value, (np.ndarray, np.generic)):
-        return torch.from_numpy(np.array(value))
+        return torch.from_numpy(np.array(value)) if value.dtype.kind in "biufc" else None
+    if type(value).__module__.startswith("minatar."):
+        return pack_object(value)
     return value if isinstance(value, (bool, int, float, str)) else None
 
 
+def pack_object(thing) -> dict:
+    """The attributes that pack knows."""
+    packed = {name: pack(value) for name, value in vars(thing).items()}
+    return {name: value for name, value in packed.items() if value is not None}
+
+
 def unpack(value):
-    if isinstance(value, tuple):
-        return tuple(map(unpack, value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(unpack, value))
     return value.numpy()[()] if isinstance(value, torch.Tensor) else value
 
 
+def unpack_object(thing, packed: dict) -> None:
+    """Gives it the attributes that pack_object has returned."""
+    for name, value in packed.items():
+        there = getattr(thing, name, None)
+        if isinstance(value, dict):
+            unpack_object(there, value)
+        elif isinstance(there, np.random.RandomState):
+            there.set_state(unpack(value))
+        elif isinstance(there, deque):
+            there.extend(unpack(value))  # as many as it holds
+        else:
+            vars(thing)[name] = unpack(value)
+
+
 def env_state(env: gym.Env) -> dict | None:
-    """All that a MuJoCo or classic-control environment of Gymnasium remembers: plain attributes of its own
-    and of its wrappers, its random generator, MuJoCo's arrays. None for others, or with other wrappers, which
-    may remember more."""
-    known = (gym.wrappers.TimeLimit, gym.wrappers.OrderEnforcing)
+    """All that a MuJoCo or classic-control environment of Gymnasium remembers, or a game: plain attributes of
+    its own and of its wrappers, its random generator, MuJoCo's arrays, the emulator. None for others, or with
+    other wrappers, which may remember more."""
+    known = (gym.wrappers.TimeLimit, gym.wrappers.OrderEnforcing, games.Lives)
+    known += (gym.wrappers.AtariPreprocessing, gym.wrappers.FrameStackObservation)
     known += (gym.wrappers.FlattenObservation, gym.wrappers.RescaleAction, gym.wrappers.TransformAction)
     *around, core = wrappers(env)
-    ours = type(core).__module__.startswith(("gymnasium.envs.mujoco.", "gymnasium.envs.classic_control."))
+    modules = ("gymnasium.envs.mujoco.", "gymnasium.envs.classic_control.", "ale_py.", "minatar.")
+    ours = type(core).__module__.startswith(modules)
     if not (ours and all(type(layer) in known for layer in around)):
         return None
-    layers = [{k: pack(v) for k, v in vars(layer).items()} for layer in wrappers(env)]
     state = {"random": core.np_random.bit_generator.state}
-    state["layers"] = [{k: v for k, v in layer.items() if v is not None} for layer in layers]
+    state["layers"] = [pack_object(layer) for layer in wrappers(env)]
+    if hasattr(core, "ale"):
+        emulator = core.clone_state(include_rng=True).__getstate__()
+        state["emulator"] = torch.frombuffer(bytearray(emulator), dtype=torch.uint8)
     if data := getattr(core, "data", None):
         fields = {name: getattr(data, name) for name in dir(data)}
         arrays = {name: x for name, x in fields.items() if isinstance(x, np.ndarray)}
@@ -438,7 +508,12 @@ def restore_env(env: gym.Env, state: dict) -> None:
     core = env.unwrapped
     core.np_random.bit_generator.state = state["random"]
     for layer, values in zip(wrappers(env), state["layers"]):
-        vars(layer).update({k: unpack(v) for k, v in values.items()})
+        unpack_object(layer, values)
+    if "emulator" in state:
+        kind = type(core.clone_state())
+        emulator = kind.__new__(kind)
+        emulator.__setstate__(state["emulator"].numpy().tobytes())
+        core.restore_state(emulator)
     if data := getattr(core, "data", None):
         data.time = state["time"]
         joined = memoryview(state["bytes"].numpy())

@@ -30,7 +30,8 @@ class Episodes(NamedTuple):
 def play(actor, normalize, args, videos: Path | None = None) -> Episodes:
     """--eval-episodes episodes. `normalize` maps raw observations to what the policy sees. Seeds and noise
     are the evaluation's own, so that training goes on as if there had been none."""
-    env = make_env(args, render_mode="rgb_array") if videos else make_env(args)
+    options = dict(render_mode="rgb_array") if videos else {}
+    env = make_env(args, training=False, **options)
     if videos:
         name = slug(args.env_id)
 
@@ -92,10 +93,12 @@ def during_training(run: Run, iteration: int, actor, envs: Environments, args) -
     return found
 
 
-def finish(run: Run, actor, critic, envs: Environments, args) -> None:
-    """Writes model.pt and evaluation.csv, and prints how long the run took."""
+def finish(run: Run, actor, critic, envs: Environments, args, **others) -> None:
+    """Writes model.pt, in which `others` are modules too, and evaluation.csv, and prints how long the run
+    took."""
     wall = run.wall()
-    model = {"actor": actor.cpu().state_dict(), "critic": critic.cpu().state_dict(), "config": run.config}
+    modules = {"actor": actor, "critic": critic, **others}
+    model = {name: module.cpu().state_dict() for name, module in modules.items()} | {"config": run.config}
     if envs.obs_rms:
         model["obs_rms"] = envs.obs_rms.state_dict()
     run.save(MODEL, model)
@@ -115,19 +118,27 @@ def finish(run: Run, actor, critic, envs: Environments, args) -> None:
     say(f"results in {run.folder}")
 
 
+def sizes_of(weights: dict) -> tuple:
+    """What a policy of these weights sees, a number of numbers or the form of images, and its outputs."""
+    *_, last = (name for name in weights if name.startswith("net.") and name.endswith(".bias"))
+    form = weights.get("net.0.form")
+    inputs = weights["net.0.weight"].shape[1] if form is None else form.tolist()
+    return inputs, len(weights[last])
+
+
 def evaluate_run(Actor, args, path: Path, saved: dict) -> None:
     """--evaluate: the policy of a finished run, or of the last checkpoint. `saved` is what
     saved.load_to_evaluate returned, Actor the script's class of policies."""
     try:
         weights = saved["actor"]
-        actor = Actor(weights["net.0.weight"].shape[1], len(weights["net.4.bias"]), args.hidden_size)
+        actor = Actor(*sizes_of(weights), args.hidden_size)
         actor.load_state_dict(weights)
         normalize = np.asarray
         if args.norm_obs:
             obs_rms = RunningMeanStd()
             obs_rms.load_state_dict(saved["obs_rms"])
             normalize = obs_rms.normalize
-    except (KeyError, RuntimeError, AttributeError) as problem:
+    except (KeyError, RuntimeError, AttributeError, ValueError) as problem:
         misfit("--evaluate", path, problem)
     videos = path.parent / "videos" if args.capture_video else None
     if videos and sys.platform == "linux":  # without a screen; read when mujoco is imported

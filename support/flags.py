@@ -70,6 +70,9 @@ HUGE = 1.7e308  # about the largest finite one
 Count = Annotated[int, Range(1, 2**63 - 1, "be at least 1, and below 2^63")]
 Size = Annotated[int, Range(1, 4_096, "lie between 1 and 4,096")]
 Natural = Annotated[int, Range(0, 2**63 - 1, "be 0 or positive, and below 2^63")]
+Few = Annotated[int, Range(1, 100, "lie between 1 and 100")]
+UpToMillion = Annotated[int, Range(1, 1_000_000, "lie between 1 and 1,000,000")]
+UpToBillion = Annotated[int, Range(1, 1_000_000_000, "lie between 1 and 1,000,000,000")]
 Episodes = Annotated[int, Range(0, 10_000, "lie between 0 and 10,000")]
 Seed = Annotated[int, Range(0, 2**31 - 1, "lie in [0, 2^31)")]
 UnitStep = Annotated[float, Range(TINY, 1, "lie in (0, 1]")]
@@ -149,6 +152,11 @@ class RunFlags(Flags):
     @property
     def subject(self) -> str:
         return self.env_id
+
+    @property
+    def usual_name(self) -> str:
+        """What an experiment is called that has no --exp-name."""
+        return script_of(self).stem
 
     @property
     def total(self) -> int:
@@ -287,12 +295,13 @@ def whole_number(text: str) -> str:
 
 
 def parse_args(Args, description: str, argv: list[str] | None = None):
-    """The command line as an instance of Args; tyro's boxed complaints become one line."""
+    """The command line as an instance of Args; tyro's boxed complaints become one line. Of the description
+    --help shows the first paragraph: what comes after it is for readers of the script."""
     complaint = io.StringIO()
     words = translated(sys.argv[1:] if argv is None else argv, Args)
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(Args, args=words, description=description)
+            return tyro.cli(Args, args=words, description=description.split("\n\n")[0])
     except SystemExit as stop:
         if stop.code:
             _title, *body = [line.strip("│╭╮╰╯─ ") for line in complaint.getvalue().splitlines()]

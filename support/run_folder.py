@@ -63,13 +63,15 @@ def finite(x, complaint: str):
 
 
 class Stopwatch:
-    """Adds the time since its last call to the phase that is named."""
+    """Adds the time since its last call to the phase that is named. `phases` are those that are reported even
+    where they take no time."""
 
     def __init__(self):
+        self.phases = ()
         self.restart()
 
     def restart(self):
-        self.seconds = defaultdict(float)
+        self.seconds = defaultdict(float, dict.fromkeys(self.phases, 0.0))
         self.last = time.perf_counter()
 
     def __call__(self, phase: str):
@@ -79,10 +81,11 @@ class Stopwatch:
 
 
 class Metrics(defaultdict):
-    """Lists of numbers by name, of which progress.csv gets the means."""
+    """Lists of numbers by name, of which progress.csv gets the means; those with `names` have columns even
+    where there are no numbers yet."""
 
-    def __init__(self):
-        super().__init__(list)
+    def __init__(self, *names: str):
+        super().__init__(list, {name: [] for name in names})
 
     def add(self, **values):
         for name, value in values.items():
@@ -105,9 +108,17 @@ def restore(part, state) -> None:
         part.load_state_dict(state)
 
 
+def generators(args) -> dict[str, torch.Generator]:
+    """PyTorch's own, as parts of a run."""
+    found = {"torch": torch.default_generator}
+    if args.cuda:
+        found["cuda"] = torch.cuda.default_generators[torch.cuda.current_device()]
+    return found
+
+
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in ("torch", "gymnasium", "mujoco", "numpy"):
+    for package in ("torch", "gymnasium", "mujoco", "numpy", "ale-py", "opencv-python-headless", "minatar"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
@@ -232,7 +243,7 @@ class Run:
 
     def __exit__(self, _kind, raised, _traceback):
         if isinstance(raised, Stop):
-            message = f"error: {raised}" if raised.status == 1 else f"{raised}"
+            message = f"{raised}" if raised.status > 128 else f"error: {raised}"  # above: a signal
             if cause := raised.__cause__:
                 error = self.folder / "error.txt"
                 with self.storing():
@@ -269,7 +280,7 @@ class Run:
             for name, part in self.parts.items():
                 restore(part, saved["parts"][name])
             return saved["iteration"]
-        except (KeyError, RuntimeError, ValueError) as problem:
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as problem:
             misfit("--resume", self.args.resume, problem)
 
     def write_checkpoint(self, iteration: int) -> None:
@@ -304,9 +315,16 @@ class Run:
             self.files[name].write(line + "\n")
         self.lines[name] += 1
 
-    def log_means(self, step: int, known: dict, metrics: Metrics, evaluated: dict | None = None) -> None:
+    def log_means(
+        self,
+        step: int,
+        known: dict,
+        metrics: Metrics,
+        evaluated: dict | None = None,
+        shown: str = "KL {approx_kl:.4f}",
+    ) -> None:
         """A row of progress.csv: what is known, the means of the metrics, this iteration's seconds by phase,
-        and what an evaluation found."""
+        and what an evaluation found. `shown` says what of it ends the line for the terminal."""
         self.note_skipped_updates(metrics)
         wall = self.wall()
         row = {"global_step": step, "wall_seconds": round(wall, 3), "sps": round(step / wall, 1)}
@@ -316,15 +334,16 @@ class Run:
         row |= evaluated or {}
         for phase, spent in self.lap.seconds.items():
             self.seconds[phase] += spent
-        self.log(row, f"SPS {row['sps']:.0f}  return {row['return_100']:.1f}  KL {row['approx_kl']:.4f}")
+        self.log(row, f"SPS {row['sps']:.0f}  return {row['return_100']:.1f}  {shown.format(**row)}")
 
     def note_skipped_updates(self, metrics: Metrics) -> None:
         """Says, once in a run, that training only seems to go on."""
-        skipped = float(np.mean(metrics["skipped_updates"]))
+        skipped = float(np.mean(metrics["skipped_updates"] or [0.0]))
         if skipped > 0.1 and not self.noted:
             self.noted = True
             what = f"{skipped:.0%} of this iteration's updates were skipped, because gradients are not finite"
-            say(f"note: {what}. Very large rewards? Try --norm-reward, or smaller step sizes", error=True)
+            fix = "--norm-reward, or smaller" if "norm_reward" in asdict(self.args) else "smaller"
+            say(f"note: {what}. Very large rewards? Try {fix} step sizes", error=True)
 
     def log(self, row: dict, line: str) -> None:
         """A row of progress.csv, of wandb and TensorBoard, and `line` for the terminal. Every row has the

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from support.flags import check_ranges, fail, given_flags, say, script_of, shown
+from support.replay import FILE as REPLAY
 from support.run_folder import CHECKPOINT, MODEL, PREVIOUS, git_commit, lock_folder, versions, write_whole
 
 
@@ -109,6 +110,10 @@ def load_to_resume(args, argv: list[str] | None):
         own = own_flags(args, argv, checkpoint, free, why)
         if own["total_timesteps"] < (before := checkpoint["args"].total_timesteps):
             fail(f"--total-timesteps may only grow on the way, from {before:,} on: drop it or raise it")
+        if own["total_timesteps"] > before and "replay" in checkpoint["parts"]:
+            if not os.path.exists(folder / REPLAY):
+                why = f"{folder} has ended without --keep-replay, so that its {REPLAY} is gone"
+                fail(f"--total-timesteps cannot grow: {why}: drop it")
     except BaseException:
         held.release()
         raise

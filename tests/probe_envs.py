@@ -5,6 +5,7 @@ import time
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.classic_control.cartpole import CartPoleEnv
 
 
 class Probe(gym.Env):
@@ -349,7 +350,16 @@ class Options(Probe):
         self.name = name
 
 
+class Unbounded(OneStep):
+    """Takes any real number."""
+
+    def __init__(self):
+        super().__init__()
+        self.action_space = gym.spaces.Box(-np.inf, np.inf, self.action_shape, np.float32)
+
+
 NEW = (
+    Unbounded,
     Leaves,
     Unspeakable,
     ArrayFlags,
@@ -444,3 +454,151 @@ class WanderDiscrete(Wander):
 
 gym.register("ProbeWander-v0", entry_point=Wander)
 gym.register("ProbeWanderDiscrete-v0", entry_point=WanderDiscrete)
+
+
+class Lights(gym.Env):
+    """A small image (4, 5, 2) in which one of three columns is lit, and which of them, chosen as action 1 to
+    3, pays; whatever is seen in the second channel does not matter. Episodes are cut after 10 steps. Light
+    is 51, a fifth of 255."""
+
+    dtype, light = np.uint8, 51
+
+    def __init__(self):
+        top = 1 if self.dtype is bool else 255
+        self.observation_space = gym.spaces.Box(0, top, (4, 5, 2), self.dtype)
+        self.action_space = gym.spaces.Discrete(3, start=1)
+
+    def observe(self):
+        self.column = int(self.np_random.integers(3))
+        image = np.zeros((4, 5, 2), self.dtype)
+        image[1 + self.np_random.integers(2), 1 + self.column, 0] = self.light
+        image[..., 1] = self.light * (self.np_random.random((4, 5)) < 0.3)
+        return image
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.observe(), {}
+
+    def step(self, action):
+        reward = 1.0 - 0.5 * abs(action - 1 - self.column)
+        self.t += 1
+        return self.observe(), reward, False, self.t >= 10, {}
+
+
+class Switches(Lights):
+    """The same of booleans, as in MinAtar."""
+
+    dtype, light = bool, 1
+
+
+class Thin(Lights):
+    """Images that are too thin for a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_space = gym.spaces.Box(0, 255, (2, 5, 2), np.uint8)
+
+    def observe(self):
+        return super().observe()[:2]
+
+
+class Film(gym.Env):
+    """Pictures (84, 84) that tell the step and the episode; action 1 pays. Episodes end after 1, 2, ..., 6
+    steps and so on; every second one is cut."""
+
+    def __init__(self):
+        self.observation_space = gym.spaces.Box(0, 255, (84, 84), np.uint8)
+        self.action_space = gym.spaces.Discrete(2)
+        self.episode = 0
+
+    def observe(self):
+        picture = np.full((84, 84), 10 * self.t, np.uint8)
+        picture[0, :2] = self.t, self.episode
+        return picture
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.episode = 0, self.episode + 1
+        return self.observe(), {}
+
+    def step(self, action):
+        self.t += 1
+        over = self.t > self.episode % 6
+        cut = self.episode % 2 == 0
+        return self.observe(), float(action == 1), over and not cut, over and cut, {}
+
+
+def stacked(frames=4):
+    return gym.wrappers.FrameStackObservation(Film(), frames)
+
+
+class Arcade(gym.Env):
+    """A game of three lives, as Atari's tell about them: its steps are rows of `played`, `script` says what
+    happens at each of them: "+" pays 7, "-" costs 3, "x" takes a life; the last one ends the game."""
+
+    script, fire_pays = "+-x+x-x", 0.0
+    meanings = ["NOOP", "UP", "FIRE"]
+
+    def __init__(self):
+        self.observation_space = gym.spaces.Box(0, 99, (1,), np.float32)
+        self.action_space = gym.spaces.Discrete(3)
+        self.played = []
+        self.games = 0
+
+    def get_action_meanings(self):
+        return self.meanings
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.lives, self.games = 0, 3, self.games + 1
+        return np.zeros(1, np.float32), {"lives": 3}
+
+    def step(self, action):
+        event = "." if action == 2 else self.script[self.t]  # firing changes nothing
+        self.played.append((self.games, event))
+        self.t += event != "."
+        self.lives -= event == "x"
+        over = self.t == len(self.script)
+        reward = {"+": 7.0, "-": -3.0, ".": self.fire_pays}.get(event, 0.0)
+        return np.float32([self.t]), reward, over, False, {"lives": self.lives}
+
+
+class Table(gym.Env):
+    """A decision process of three states, observed as vectors with a single 1, and two actions, in which
+    moves are certain; episodes are cut after 20 steps."""
+
+    to = np.array([[0, 1], [2, 0], [1, 2]])  # (S, A)
+    rewards = np.array([[0.2, -0.5], [1.0, 0.0], [-1.0, 0.6]])
+
+    def __init__(self):
+        self.observation_space = gym.spaces.Box(0.0, 1.0, (3,), np.float32)
+        self.action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.state = 0, int(self.np_random.integers(3))
+        return np.eye(3, dtype=np.float32)[self.state], {}
+
+    def step(self, action):
+        reward = float(self.rewards[self.state, action])
+        self.t, self.state = self.t + 1, int(self.to[self.state, action])
+        return np.eye(3, dtype=np.float32)[self.state], reward, False, self.t >= 20, {}
+
+
+class Pole(CartPoleEnv):
+    """CartPole with a reward that tells how good a state is, so that preferences do too. It counts as one of
+    Gymnasium's, whose state a checkpoint keeps."""
+
+    __module__ = CartPoleEnv.__module__
+
+    def step(self, action):
+        obs, _, terminated, truncated, info = super().step(action)
+        return obs, 1.0 - abs(float(obs[0])) - 5 * abs(float(obs[2])), terminated, truncated, info
+
+
+for env in (Lights, Switches, Thin, Table, Arcade):
+    gym.register(f"Probe{env.__name__}-v0", entry_point=env)
+gym.register("ProbePole-v0", entry_point=Pole, max_episode_steps=30)
+gym.register("ProbeFilm-v0", entry_point=stacked)
+gym.register("ProbeShortFilm-v0", entry_point=lambda: stacked(3))

@@ -28,6 +28,11 @@ SHORT += " --eval-episodes 1"
 MATCHED = "--critic-lr 1e-3 --no-clip-vloss --vf-coef 2 --no-joint-grad-clip"
 PLAIN = "--no-norm-obs --no-norm-reward --no-norm-adv --no-anneal-lr"
 AUTHORS = "--hypergradient released --nystrom-sketch columns --nystrom-rank 5 --hessian full"
+SAC = "--hidden-size 16 --batch-size 16 --outer-steps 100 --learning-starts 200 --total-timesteps 800"
+SAC += " --eval-episodes 1"
+LEARNED = "--query-steps 50 --segment 10 --pairs 8 --initial-pairs 12 --initial-epochs 5"
+LEARNED += " --reward-hidden-size 16"
+PROBE = "tests.probe_envs:Probe"
 CASES = {
     "blpo": f"blpo_continuous --env-id Hopper-v4 {SHORT}",
     "blpo nesting only": f"blpo_continuous --env-id Hopper-v4 {SHORT} --ihvp none",
@@ -40,6 +45,14 @@ CASES = {
     "ppo": f"ppo_continuous --env-id Hopper-v4 {SHORT} --eval-stochastic",
     "ppo matched": f"ppo_continuous --env-id Hopper-v4 {SHORT} {MATCHED}",
     "ppo discrete": f"ppo_discrete --env-id Acrobot-v1 {SHORT} --norm-obs",
+    "sac": f"sobirl_continuous --env-id Hopper-v4 {SAC}",
+    "drlhf": f"sobirl_continuous --method drlhf --env-id Pendulum-v1 {SAC} {LEARNED}",
+    "sobirl": f"sobirl_continuous --method sobirl --env-id Pendulum-v1 {SAC} {LEARNED}",
+    "hpgd": f"sobirl_continuous --method hpgd --env-id Pendulum-v1 {SAC} {LEARNED}",
+    "pbrl": f"sobirl_continuous --method pbrl --env-id Pendulum-v1 {SAC} {LEARNED}",
+    "sac discrete": f"sobirl_discrete --env-id CartPole-v1 {SAC}",
+    "sobirl discrete": f"sobirl_discrete --method sobirl --env-id {PROBE}Pole-v0 {SAC} {LEARNED}",
+    "sobirl images": f"sobirl_discrete --method sobirl --env-id {PROBE}Lights-v0 {SAC} {LEARNED}",
     "m-sobirl": "sobirl_tabular --problem preference --rounds 8",
     "stoc-sobirl": "sobirl_tabular --problem reward-shaping --method stoc-sobirl --samples 8 --rounds 4",
 }
@@ -61,6 +74,8 @@ def arithmetic() -> str:
             parts.append(digest(product.tobytes()))
         double = torch.from_numpy(a.astype(float))
         parts.append(digest((double @ double.T).exp().sum(0).numpy().tobytes()))
+    images = torch.from_numpy(rng.normal(size=(16, 2, 4, 5)).astype(np.float32))
+    parts.append(digest(torch.conv2d(images, images[:, :, :3, :3]).numpy().tobytes()))
     return digest(" ".join(parts).encode())
 
 

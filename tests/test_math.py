@@ -17,7 +17,7 @@ import jacobian
 import nystrom
 import ppo_continuous as ppo
 import ppo_discrete
-from jacobian import MLPJacobian, ModuleJacobian, jacobian_of
+from jacobian import MLPJacobian, ModuleJacobian, RectifiedJacobian, jacobian_of
 from support.acting import numpy_policy
 from support.environments import RunningMeanStd
 from support.run_folder import Metrics
@@ -271,33 +271,57 @@ def as_numpy(x):
 
 
 @pytest.mark.parametrize("kind", [as_numpy, torch.as_tensor], ids=["numpy", "torch"])
-@pytest.mark.parametrize("made", [MLPJacobian, ModuleJacobian])
+@pytest.mark.parametrize(
+    "made, activation",
+    [
+        (MLPJacobian, torch.nn.Tanh),
+        (RectifiedJacobian, torch.nn.ReLU),
+        (ModuleJacobian, torch.nn.Tanh),
+        (ModuleJacobian, torch.nn.ReLU),
+    ],
+)
 @pytest.mark.parametrize("sizes", [(3, 1), (3, 1, 1), (3, 5, 4, 1), (2, 4, 3), (3, 6, 5, 4, 2)])
-def test_jacobian_products_equal_autograd(sizes, made, kind):
-    """J u and s J, of networks of any depth, width and number of outputs, by hand and by torch.func."""
+def test_jacobian_products_equal_autograd(sizes, made, activation, kind):
+    """J u, s J and the gradient by inputs, of networks of any depth, width and number of outputs, by hand and
+    by torch.func."""
     torch.manual_seed(0)
-    layers = [layer for m, n in zip(sizes, sizes[1:]) for layer in (torch.nn.Linear(m, n), torch.nn.Tanh())]
+    layers = [layer for m, n in zip(sizes, sizes[1:]) for layer in (torch.nn.Linear(m, n), activation())]
     net = torch.nn.Sequential(*layers[:-1])
-    x = torch.randn(7, sizes[0])
+    x = torch.randn(7, sizes[0], requires_grad=True)
     outputs = net(x)
     dense = torch.stack(
         [flat(torch.autograd.grad(y, net.parameters(), retain_graph=True)) for y in outputs.flatten()]
     )
-    if made is MLPJacobian:
-        assert isinstance(jacobian_of(net)(x.numpy()), MLPJacobian)
+    s = torch.randn(7, sizes[-1])
+    (by_input,) = torch.autograd.grad(outputs, x, s, retain_graph=True)
+    x = x.detach()
+    if made is not ModuleJacobian:
+        if len(sizes) > 2:
+            assert type(jacobian_of(net)(x.numpy())) is made
+            assert np.allclose(numpy_policy(net)(x.numpy()), outputs.detach(), rtol=1e-12, atol=1e-14)
         net = [(kind(layer.weight.detach()), kind(layer.bias.detach())) for layer in net[::2]]
     J = made(net, kind(x))
-    u, s = torch.randn(dense.shape[1]), torch.randn(7, sizes[-1])
+    u = torch.randn(dense.shape[1])
     assert torch.allclose(torch.as_tensor(J.outputs), outputs, rtol=1e-12, atol=1e-12)
     along_u, gradient = J @ kind(u), kind(s) @ J
     assert isinstance(along_u, type(kind(u))) and isinstance(gradient, type(kind(u)))
     assert torch.allclose(torch.as_tensor(along_u).flatten(), dense @ u, rtol=1e-12, atol=1e-12)
     assert torch.allclose(torch.as_tensor(gradient), s.flatten() @ dense, rtol=1e-12, atol=1e-12)
+    found = J.by_input(kind(s))
+    assert isinstance(found, type(kind(s)))
+    assert torch.allclose(torch.as_tensor(found), by_input, rtol=1e-12, atol=1e-12)
 
 
 def test_other_networks_are_differentiated_and_act_by_torch():
     for net in (
-        torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1)),
+        torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ELU(), torch.nn.Linear(4, 1)),
+        torch.nn.Sequential(
+            torch.nn.Linear(3, 4),
+            torch.nn.ReLU(),
+            torch.nn.Linear(4, 4),
+            torch.nn.Tanh(),
+            torch.nn.Linear(4, 1),
+        ),
         torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1, bias=False)),
         torch.nn.Linear(3, 1),
     ):
@@ -368,7 +392,8 @@ def test_which_leader(seed, monkeypatch):
 def test_released_mode_equals_literal_double_differentiation_of_L2(seed):
     mdp = MDP(seed)
     critic = LinearCritic(mdp.best_response(mdp.theta)[0] + 0.3)
-    args = exact_args(mdp, hypergradient="released", nystrom_rho=0.7, implicit_clip=0.5)
+    flags = dict(hypergradient="released", nystrom_rho=0.7, clip_coef=0.2, implicit_clip=0.5)
+    args = exact_args(mdp, **flags)
     moved = mdp.theta + 1.5 * torch.randn(
         3, 2, generator=torch.Generator().manual_seed(seed)
     )  # where clips are active

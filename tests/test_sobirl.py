@@ -736,7 +736,8 @@ def test_plot_from_runs_to_table_and_figure(tmp_path):
     assert (
         float(row["round_to_0.001"]) == there["round"] and float(row["seconds_to_0.001"]) == there["seconds"]
     )
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"tabular.png", "tabular.pdf"}
+    drawn = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert drawn == {f"{name}.{kind}" for name in ("tabular", "tabular_all") for kind in ("png", "pdf")}
     contents = lambda: {path.name: path.read_bytes() for path in (tmp_path / "results").iterdir()}
     before = contents()  # adding the same runs again changes nothing
     again = subprocess.run(

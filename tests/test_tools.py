@@ -507,15 +507,54 @@ def test_published_tables_are_those_of_the_published_runs():
         assert float(run[-1]["return_100"]) == pytest.approx(float(row["return_100"]), rel=1e-3)
 
 
-def test_returns_in_the_readme_are_those_of_the_published_runs():
-    published = (ROOT / "results" / "tables.md").read_text(encoding="utf-8").splitlines()
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Results")[1].split("How strong")[0]
-    shown = [line for line in section.splitlines() if line.startswith("|")]
-    assert len(shown) > 10 and not set(shown) - set(published)
+def page(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_returns_that_pages_show_are_those_of_the_published_runs():
+    published = page("results/tables.md").splitlines()
+    readme = page("README.md").split("## Results")[1].split("How fast")[0]
+    results_page = page("docs/results.md").split("## Returns after 1M steps")[1]
+    for section, least in ((readme, 11), (results_page, 20)):
+        shown = [line for line in section.splitlines() if line.startswith("|")]
+        assert len(shown) >= least and not set(shown) - set(published)
+
+
+def cells_of(line):
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+def test_learning_speed_that_pages_show_is_that_of_the_published_runs(capsys):
+    """The tables of docs/results.md, A, and that of the README: probabilities, intervals, p, areas."""
+    folder = ROOT / "results" / "quarter"
+    learning.main(["--results-dir", str(folder)])
+    tested = [cells_of(line) for line in capsys.readouterr().out.splitlines()[2:]]
+    section = page("docs/results.md").split("## A. ")[1].split("## B. ")[0]
+    shown = [cells_of(line) for line in section.splitlines() if line.startswith("| ")]
+    in_readme = [cells_of(line) for line in page("README.md").splitlines() if line.startswith("| ")]
+    assert [row[0] for row in tested] == ["ppo-matched", "nested", "mean-c"]
+    for method, _, chance, interval, p, adjusted in tested:
+        assert [f"`{method}`", chance, interval, p, adjusted] in shown
+        assert [chance, interval, adjusted] in [row[1:] for row in in_readme]
+
+    areas = learning.measures(*results.load_results(folder))["AUC25"]
+    wider = []  # of PPO's clip range: P(BLPO learns faster)
+    order = ["ppo-matched", "ppo-matched-clip0.5", "nested", "nested-clip0.5", "mean-c", "blpo"]
+    for env_id in sorted({env_id for env_id, _ in areas}):
+        runs = [areas[env_id, method] for method in order]
+        assert [env_id, *(f"{x.mean():,.0f} ± {x.std(ddof=1):,.0f}" for x in runs)] in shown
+        chances = [np.mean(runs[-1][:, None] > x) for x in runs[:-1]]
+        wider.append(chances[1])
+        assert [env_id, *(f"{chance:.2f}" for chance in chances)] in shown
+    found = page("README.md").split("**What was found so far**")[1].split("Train on")[0]
+    pattern = r"^\| PPO, CleanRL's flags \(4\) \|.*\| 0\.(\d\d) \("
+    final = re.search(pattern, page("results/tables.md"), re.MULTILINE)
+    for share in (round(100 * float(tested[0][2])), round(100 * np.mean(wider)), final[1]):
+        assert f"{share} %" in found
 
 
 def test_published_aggregates_recomputed_without_the_tools():
-    """IQM and P(BLPO > x) in plain NumPy, from results/ to the numbers in tables.md and in the README."""
+    """IQM and P(BLPO > x) in plain NumPy, from results/ to what tables.md and docs/results.md show."""
     folder = ROOT / "results"
     finals, starts = {}, {}
     for row in read(folder / "summary.csv"):
@@ -550,8 +589,8 @@ def test_published_aggregates_recomputed_without_the_tools():
             shares.append(sum(1.0 if x > y else 0.5 if x == y else 0.0 for x, y in pairs) / len(pairs))
         return np.mean(shares)
 
-    for page in ("results/tables.md", "README.md"):
-        text = (ROOT / page).read_text(encoding="utf-8")
+    for name_of_page in ("results/tables.md", "docs/results.md"):
+        text = page(name_of_page)
         for name, method in names.items():
             environments = [
                 env_id for env_id, other in finals if other == method and len(finals[env_id, other]) > 1
@@ -564,7 +603,7 @@ def test_published_aggregates_recomputed_without_the_tools():
             if method != "blpo":
                 expected[1] = f"{iqm('blpo', environments):.2f}"
                 expected[2] = f"{chance(method, environments):.2f}"
-            assert shown == expected, (page, name)
+            assert shown == expected, (name_of_page, name)
 
 
 # What is drawn
@@ -1019,6 +1058,7 @@ def test_from_runs_to_tables_and_figures(tmp_path, capsys):
         "ihvp_correction",
         "aggregate",
         "tabular",
+        "tabular_all",
     }
     assert {path.name for path in drawn.iterdir()} == {
         f"{name}.{kind}" for name in names for kind in ("png", "pdf")

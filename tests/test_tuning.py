@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 
+from tests.test_scripts import ROOT
 from tests.test_tools import write_run
 from tools import results, tuning
 from tools.tuning import ENVIRONMENTS, FACTORS, METHODS, configurations, flags_of
@@ -111,3 +112,31 @@ def test_collect_and_score(tmp_path, capsys):
     write_runs(tmp_path, {"ppo-0": {walker: 300, hopper: 50, cheetah: 30}}, seed=102)
     tuning.collect(arguments(tmp_path))
     assert tuning.means_of(arguments(tmp_path)) == {("ppo", 0): {walker: 200, hopper: 40, cheetah: 20}}
+
+
+def test_what_the_page_shows_is_what_was_found():
+    """Of the best configurations of stage 2 and the levels of stage 1."""
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").split("## B. ")[1].split("## E. ")[0]
+    shown = {line for line in text.splitlines() if line.startswith("| ")}
+    csv = ROOT / "results" / "tuning.csv"
+    both = tuning.table(tuning.Args(action="table", csv=csv)).splitlines()
+    levels = tuning.factors(tuning.Args(action="factors", csv=csv, seeds=(101,))).splitlines()
+    assert shown <= {*both, *levels} and {line for line in levels if line.startswith("| ")} <= shown
+    for method in METHODS:
+        best = [line for line in both if line.startswith(f"| {method} ")][:3]
+        assert set(best) <= shown
+
+
+def test_factors(tmp_path):
+    """By hand: of two configurations with minibatches of 64 steps, and without 0, which was not drawn."""
+    every = configurations()
+    small = [number for number in range(1, 25) if every[number].minibatch == 64][:2]
+    large = next(number for number in range(1, 25) if every[number].minibatch == 256)
+    returns = {f"blpo-{small[0]}": 10, f"blpo-{small[1]}": 20, f"blpo-{large}": 60, "blpo-0": 30}
+    runs = {name: dict.fromkeys(ENVIRONMENTS, value) for name, value in returns.items()}
+    write_runs(tmp_path, runs)
+    once = arguments(tmp_path, seeds=(101,))
+    tuning.collect(once)
+    lines = tuning.factors(once).splitlines()
+    assert "| minibatch | 64 |  |  | 0.50 (2) |" in lines and "| minibatch | 256 |  |  | 2.00 (1) |" in lines
+    assert "| minibatch | 128 |  |  |  |" in lines and "| critic | joint |  |  |  |" in lines

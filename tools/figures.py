@@ -7,11 +7,13 @@ Curves are dictionaries from (env_id, exp_name) to a list with a dictionary of c
 column of the shape (points,), as `results.load_curves` returns them.
 """
 
+import io
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image  # which matplotlib needs, too
 
 from tools.results import label, style
 
@@ -20,6 +22,16 @@ VARIANTS = ("blpo-released", "blpo-cg", "blpo-pcg", "mean-c")
 RETURN_LABEL = "return, mean of the last 100 episodes"
 STEPS_LABEL = "environment steps (millions)"
 DPI = 120
+
+# What an iteration spends its time on: acting in blue, learning in red, lighter and darker in grey, too
+PHASES = {
+    "env": "#1F4E79",
+    "inference": "#6699CC",
+    "bookkeeping": "#BBBBBB",
+    "critic": "#F4A582",
+    "hypergradient": "#B2182B",
+    "actor": "#FDDBC7",
+}
 
 # Solvers of solvers.csv in the order of the legend: name, colour, marker, label. Others come after these,
 # under their name.
@@ -34,9 +46,12 @@ SOLVERS = {
 
 
 def save(figure: Figure, figures_dir: Path, name: str) -> None:
-    """Writes figures_dir/name.png and .pdf; the same figure gives the same bytes again."""
+    """Writes figures_dir/name.png, of 256 colours, and .pdf; the same figure gives the same bytes again."""
     figures_dir.mkdir(parents=True, exist_ok=True)
-    figure.savefig(figures_dir / f"{name}.png", dpi=DPI, bbox_inches="tight")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=DPI, bbox_inches="tight")
+    image = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    image.save(figures_dir / f"{name}.png", optimize=True)
     figure.savefig(figures_dir / f"{name}.pdf", dpi=DPI, bbox_inches="tight", metadata={"CreationDate": None})
 
 
@@ -123,10 +138,15 @@ def draw_curves(curves, *, x: str, y: str, xlabel: str, ylabel: str, scale: floa
     figure.supxlabel(xlabel, fontsize="medium")
     figure.supylabel(ylabel, fontsize="medium")
     figure.tight_layout()
+    add_legend(figure, handles, counts)
+    return figure
+
+
+def add_legend(figure: Figure, handles: dict, counts: dict) -> None:
+    """A legend below the panels: of every method a line, and of how many runs its means are."""
     names = [f"{label(method)} (n = {' to '.join(map(str, ends(counts[method])))})" for method in handles]
     lines = list(handles.values())
     figure.legend(lines, names, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=5, frameon=False)
-    return figure
 
 
 def ends(numbers) -> list[int]:
@@ -237,8 +257,6 @@ def draw_runtime(rows: list[dict]) -> Figure:
     phases = [column.removesuffix("_ms") for column in rows[0] if column.endswith("_ms")]
     base = next((row for row in rows if row["name"] == "ppo-matched"), rows[-1])
     totals = [float(base["sps"]) / float(row["sps"]) for row in rows]
-    greys = [str(0.25 + 0.6 * i / max(len(phases) - 1, 1)) for i in range(len(phases))]
-    hatches = ["", "//", "", "..", "", "xx"]
 
     figure = Figure(figsize=(7, 0.45 * len(rows) + 1.6))
     axis = figure.subplots()
@@ -253,8 +271,7 @@ def draw_runtime(rows: list[dict]) -> Figure:
                 y,
                 parts[i],
                 left=left,
-                color=greys[i],
-                hatch=hatches[i % len(hatches)],
+                color=PHASES.get(phase, "#DDDDDD"),
                 edgecolor="white",
                 label=phase if y == 0 else None,
             )
@@ -313,32 +330,37 @@ def draw_solvers(rows: list[dict]) -> Figure:
 
 
 def draw_gate(rows: list[dict], weights: list[dict]) -> Figure:
-    """Left the factors 1 - 2 c_k of single minibatches, right the cosines of every variant, the mean marked.
+    """Left the factors 1 - 2 c_k of single trajectories, right the cosine of every variant in every run.
 
-    rows: of gate.csv, not empty: variant, cosine; weights: of gate_weights.csv: env_id, steps, age, factor.
+    rows: of gate.csv, not empty: env_id, steps, variant, signal, signal_error; weights: of gate_weights.csv:
+    env_id, steps, age, factor.
     """
     figure = Figure(figsize=(10, 3.8))
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
-    environments = list(dict.fromkeys(row["env_id"] for row in weights))
-    markers = dict(zip(dict.fromkeys(row["steps"] for row in weights), "o^sv"))
-    for env_id, colour in zip(environments, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")):
-        for steps, marker in markers.items():
-            chosen = [row for row in weights if (row["env_id"], row["steps"]) == (env_id, steps)]
-            ages = [int(row["age"]) for row in chosen]
-            factors = [float(row["factor"]) for row in chosen]
-            name = f"{env_id}, {int(steps) // 1000}k steps"
-            left.plot(ages, factors, marker, color=colour, markersize=2.5, alpha=0.5, linewidth=0, label=name)
+    runs = list(dict.fromkeys((row["env_id"], row["steps"]) for row in rows))
+    environments = dict.fromkeys(env_id for env_id, _ in runs)
+    colours = dict(zip(environments, ("#0072B2", "#D55E00", "#009E73", "#CC79A7")))
+    markers = dict(zip(dict.fromkeys(steps for _, steps in runs), "o^sv"))
+    variants = list(dict.fromkeys(row["variant"] for row in rows))[::-1]
+    for i, run in enumerate(runs):
+        env_id, steps = run
+        look = dict(color=colours[env_id], linestyle="", marker=markers[steps])
+        name = f"{env_id}, {int(steps) // 1000}k steps"
+        chosen = [row for row in weights if (row["env_id"], row["steps"]) == run]
+        ages, factors = ([float(row[name]) for row in chosen] for name in ("age", "factor"))
+        left.plot(ages, factors, markersize=2.5, alpha=0.5, label=name, **look)
+
+        chosen = [row for row in rows if (row["env_id"], row["steps"]) == run]
+        y = [variants.index(row["variant"]) + 0.3 - 0.6 * i / max(len(runs) - 1, 1) for row in chosen]
+        cosines = [float(row["signal"]) for row in chosen]
+        errors = [1.96 * float(row["signal_error"]) for row in chosen]
+        right.errorbar(cosines, y, xerr=errors, markersize=4, elinewidth=0.8, **look)
     left.set(xlabel="steps since the window or the episode began", ylabel="factor 1 − 2c of an advantage")
     left.legend(fontsize=7, frameon=False, markerscale=2)
-
-    variants = list(dict.fromkeys(row["variant"] for row in rows))
-    for y, variant in enumerate(reversed(variants)):
-        cosines = np.array([float(row["cosine"]) for row in rows if row["variant"] == variant])
-        right.plot(cosines, np.full(len(cosines), y), "|", color="#0072B2", markersize=7, alpha=0.5)
-        right.plot(cosines.mean(), y, "o", color="black", markersize=5)
     right.axvline(0.9, color="grey", linewidth=0.8)
     right.set(xlabel="cosine of policy gradient and hypergradient", yticks=range(len(variants)))
-    right.set_yticklabels(list(reversed(variants)))
+    right.set_xlim(-1.05, 1.15)
+    right.set_yticklabels(variants)
     for axis in (left, right):
         axis.grid(alpha=0.25)
     figure.tight_layout()

@@ -2,33 +2,30 @@
 
     python tools/gate.py runs/Walker2d-v4__blpo__1__1763900000 runs/Hopper-v4__blpo__1__1763900500
 
-With the weights c_k of the cross term (blpo_continuous.py), and the clip gates aside, the hypergradient is a
-policy gradient whose advantages have the factors 1 - 2 c_k. For each of the VARIANTS, ways to define it, this
-prints means over trajectories of
+With the traces c_k of the cross term (blpo_continuous.py), and the clip gates aside, the hypergradient is a
+policy gradient whose advantages have the factors 1 - 2 c_k. It is calculated for each trajectory of a rollout
+as if that were the batch, for each of the VARIANTS, ways to define it, and the table has means over runs of
 
-    cosine        between grad_theta f and the whole hypergradient, 1: the same direction. Both take the
-                  advantages of the regression targets, so that it shows what the factors do, and not what a
-                  newer critic does
-    position      share of the variance of c_k that the position in the window explains: R^2 of a linear
-                  regression on the trace of a constant, sum_{t <= k, same episode} (gamma lambda)^{k-t}
-    factor, sd    mean and standard deviation of 1 - 2 c_k
+    cosine of the means       between the expectations of grad_theta f and of the whole hypergradient, by the
+                              products of different trajectories, whose noise is independent. 1: the same
+                              direction. Both take the advantages of the regression targets, so that it
+                              shows what the factors do, and not what a newer critic does
+    of single trajectories    the same of each trajectory by itself: mostly of the noise that both share
+    position                  share of the variance of c_k that the position in the window explains: R^2 of a
+                              regression on the trace of a constant, the sum of (gamma lambda)^{k-t} over the
+                              steps t <= k of the episode
+    factor, its sd            mean and standard deviation of 1 - 2 c_k
 
-and, as a scale, the cosine between grad_theta f on one trajectory and on another (column "next").
-
-A variant that nearly keeps the direction, or whose weights say where a step lies and nothing about its state,
+A variant that nearly keeps the direction, or whose factors say where a step lies and nothing about its state,
 needs no training run. Linear systems are solved exactly, in float64, with the Gauss-Newton matrix.
 
 A run is copied and goes on from its last checkpoint but one; it must be one of blpo_continuous.py with four
-iterations left from there. The hypergradient is calculated for single trajectories, as if each were a batch.
-What is measured is written to gate.csv, a row per run, trajectory and variant, and to gate_weights.csv the
-default's factors at the steps of the first trajectory of a run; plot.py draws both.
+iterations left from there, and should have many environments. What is measured is written to gate.csv, a row
+per run and variant, and to gate_weights.csv the default's factors at the steps of a run's first trajectory;
+plot.py draws both.
 """
 
-import copy
-import json
-import shutil
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -42,13 +39,11 @@ import torch
 import tyro
 
 import blpo_continuous as script
-from jacobian import flatten, jacobian_of
-from tools.solvers import Enough, in_precision
+from tools.solvers import Enough, in_precision, misfit, watch
 from tools.results import write_csv
 from tools.tables import markdown
 
 WINDOWS = 4  # consecutive windows of the same environment that a moment knows
-COLUMNS = ("cosine", "position", "factor", "sd")
 
 
 class Moment(NamedTuple):
@@ -68,9 +63,9 @@ class Moment(NamedTuple):
     args: script.Args
 
 
-def moments(run: Path, count: int) -> list[Moment]:
-    """The first `count` moments, one per epoch and environment, of the iterations after a run's last
-    checkpoint but one that have so many windows behind them; fewer where the run ends."""
+def moments(run: Path) -> list[Moment]:
+    """The trajectories of one rollout, the fourth after a run's last checkpoint but one, in its first epoch;
+    none if the run ends before."""
     rollouts, taken, seen = [], [], {}
     make_batch, curvature = script.make_batch, script.curvature
 
@@ -83,32 +78,15 @@ def moments(run: Path, count: int) -> list[Moment]:
 
     def see_response(critic, batch, J, args):
         if len(rollouts) >= WINDOWS:
+            networks = seen["actor"], in_precision(critic, torch.float64), seen["critic"]
             for n in range(args.num_envs):
                 streams = (np.stack([x[n] for x in windows]) for windows in zip(*rollouts[-WINDOWS:]))
-                critics = in_precision(critic, torch.float64), seen["critic"]
-                taken.append(Moment(copied(seen["actor"]), *critics, *streams, args))
-        if len(taken) >= count:
+                taken.append(Moment(*networks, *streams, args))
             raise Enough
         return curvature(critic, batch, J, args)
 
-    script.make_batch, script.curvature = see_rollout, see_response
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            going = shutil.copytree(run, Path(folder) / run.name)
-            script.main(["--resume", str(going / "checkpoint.previous.pt")])
-    except Enough:
-        pass
-    finally:
-        script.make_batch, script.curvature = make_batch, curvature
-    return taken[:count]
-
-
-def copied(actor: script.Actor) -> script.Actor:
-    """An actor with arrays of its own."""
-    other = copy.deepcopy(actor)
-    other.vector = flatten(other)
-    other.jacobian = jacobian_of(other.net)
-    return other
+    watch(run, script, make_batch=see_rollout, curvature=see_response)
+    return taken
 
 
 # The hypergradient
@@ -196,13 +174,17 @@ def hypergradient(
         df_ddelta = -weights * Gamma.sum(0) / B
         v = (-df_ddelta - 1 / B) @ J[batch] + (discounts * df_ddelta) @ J_next[batch]
     else:
-        first = 1 + np.flatnonzero(done[batch][:-1])
+        begins = np.roll(done[batch], 1)
+        begins[0] = len(moment.done) > windows and moment.done[-windows - 1, -1]
+        first = np.flatnonzero(begins)
         v = -J[batch][first if len(first) else slice(None)].mean(0)
     w = J @ solved(J[batch], v, rho)
     c = (traces(done, args, np.ones(before + B)).T @ w)[batch] if carried else Gamma.T @ w
 
+    factors = weights if windows > 1 else ratio
+
     def gradient(weighted):  # -grad_theta mean_k ratio_k a_k
-        return policy.gradient((-ratio * weighted / B).astype(np.float32)).astype(float)
+        return policy.gradient((-factors * weighted / B).astype(np.float32)).astype(float)
 
     position = script.gae_matrix(done[None, batch], args.gamma, args.gae_lambda, np.float64)[0].sum(0)
     return Terms(c, position, gradient(advantages), gradient(-2 * c * advantages))
@@ -210,16 +192,13 @@ def hypergradient(
 
 VARIANTS = {
     "default": {},
-    "damping 5": dict(rho=5.0),
     "damping 0.5": dict(rho=0.5),
     "traces across window borders": dict(carried=True),
     "leader: start states": dict(leader="start"),
     "leader: start states, damping 0.5": dict(leader="start", rho=0.5),
-    "critic without output bias": dict(features="no output bias"),
     "critic without output bias, damping 0.5": dict(features="no output bias", rho=0.5),
     "output layer alone, without bias, damping 0.5": dict(features="head", rho=0.5),
     "four rollouts": dict(windows=4),
-    "four rollouts, damping 0.5": dict(windows=4, rho=0.5),
 }
 
 
@@ -234,14 +213,37 @@ def explained(y, x) -> float:
     return 1 - float(rest.var() / max(y.var(), 1e-30))
 
 
-def judged(terms: Terms) -> dict[str, float]:
-    """The numbers of the columns of gate.csv."""
-    factor = 1 - 2 * terms.c
+def products(first, second) -> float:
+    """Sum of the scalar products of first_i and second_j over all pairs i != j; both (n, p)."""
+    return float(first.sum(0) @ second.sum(0) - (first * second).sum())
+
+
+def cosine_of_means(first, second) -> float:
+    """Estimate of the cosine between the expectations of two vectors from samples of both, (n, p). A vector
+    is only multiplied with those of other samples, whose noise is independent. NaN where there is more noise
+    than signal."""
+    squared = products(first, first) * products(second, second)
+    return products(first, second) / squared**0.5 if products(first, first) > 0 and squared > 0 else np.nan
+
+
+def judged(found: list[Terms]) -> dict[str, float]:
+    """The numbers of a row of gate.csv, from the terms of all trajectories."""
+    direct = np.array([terms.direct for terms in found])
+    whole = direct + np.array([terms.implicit for terms in found])
+    cosines = [cosine(one, other) for one, other in zip(direct, whole)]
+    units = direct / np.linalg.norm(direct, axis=1)[:, None]
+    factors = [1 - 2 * terms.c for terms in found]
+    n = len(found)
+    left_out = [cosine_of_means(np.delete(direct, i, 0), np.delete(whole, i, 0)) for i in range(n)]
     return {
-        "cosine": cosine(terms.direct, terms.direct + terms.implicit),
-        "position": explained(terms.c, terms.position),
-        "factor": float(factor.mean()),
-        "sd": float(factor.std()),
+        "signal": cosine_of_means(direct, whole),
+        "signal_error": float(np.std(left_out) * (n - 1) ** 0.5),  # jackknife
+        "cosine": float(np.mean(cosines)),
+        "smallest": min(cosines),
+        "between": products(units, units) / (n * (n - 1)),
+        "position": float(np.mean([explained(terms.c, terms.position) for terms in found])),
+        "factor": float(np.mean([factor.mean() for factor in factors])),
+        "sd": float(np.mean([factor.std() for factor in factors])),
     }
 
 
@@ -253,22 +255,20 @@ def age_in_window(done):
 
 
 def table(found: list[dict]) -> str:
-    """Markdown: means over all trajectories of each variant, of the cosine the smallest besides."""
+    """Markdown: means of each variant over the runs in which there is a number."""
     lines = []
     for variant in dict.fromkeys(row["variant"] for row in found):
         chosen = [row for row in found if row["variant"] == variant]
-        values = {name: np.array([float(row[name]) for row in chosen]) for name in COLUMNS}
-        smallest = values["cosine"].min()
-        cells = [f"{values['cosine'].mean():.3f} ({smallest:.3f})"]
-        cells += [f"{values['position'].mean():.2f}"]
-        cells += [f"{values[name].mean():.1f}" for name in ("factor", "sd")]
-        lines.append([variant, *cells])
-    head = ["hypergradient", "cosine (smallest)", "position", "factor 1 − 2c", "its sd"]
-    scales = [float(row["next"]) for row in found if row["next"]]
-    if not scales:
-        return markdown(head, lines)
-    scale = f"cosine between grad_theta f on one trajectory and on another: {np.mean(scales):.2f}"
-    return markdown(head, lines) + "\n\n" + scale
+        values = {name: np.array([float(row[name]) for row in chosen]) for name in FORMATS}
+        lines.append([variant, *(style.format(np.nanmean(values[name])) for name, style in FORMATS.items())])
+    head = ["hypergradient", "cosine of the means", "of single trajectories", "position"]
+    head += ["factor 1 − 2c", "its sd"]
+    between = np.mean([float(row["between"]) for row in found])
+    note = f"cosine between `∇_θ f` on one trajectory and on another: {between:.2f}"
+    return markdown(head, lines) + "\n\n" + note
+
+
+FORMATS = {"signal": "{:.3f}", "cosine": "{:.3f}", "position": "{:.2f}", "factor": "{:.1f}", "sd": "{:.1f}"}
 
 
 # The command line
@@ -278,42 +278,30 @@ def table(found: list[dict]) -> str:
 class Args:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """folders of runs of blpo_continuous.py"""
-    trajectories: int = 8
-    """trajectories of each run"""
     results_dir: Path = Path("results")
     """folder of gate.csv and gate_weights.csv"""
-
-
-def misfit(run: Path) -> bool:
-    """Whether run is not what this script needs."""
-    if not (run / "config.json").exists() or not (run / "checkpoint.previous.pt").exists():
-        return True
-    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    return config["script"] != "blpo_continuous.py" or config["flags"]["ihvp"] == "none"
 
 
 def main(argv: list[str] | None = None) -> None:
     """Writes both files and prints the table."""
     args = tyro.cli(Args, args=argv, description=__doc__)
-    if bad := [str(run) for run in args.runs if misfit(run)]:
+    if bad := [str(run) for run in args.runs if misfit(run, ["blpo_continuous.py"])]:
         names = ", ".join(bad)
         sys.exit(f"error: {names}: not a run of blpo_continuous.py with two checkpoints and a solver")
     found, weights = [], []
     for run in args.runs:
-        taken = moments(run, args.trajectories)
+        taken = moments(run)
         if not taken:
             sys.exit(f"error: {run} has no {WINDOWS} iterations after its last checkpoint but one")
-        directs = [hypergradient(moment).direct for moment in taken]
-        for i, moment in enumerate(taken):
-            name = {"env_id": moment.args.env_id, "steps": moment.args.total_timesteps, "trajectory": i}
-            for variant, how in VARIANTS.items():
-                terms = hypergradient(moment, **how)
-                numbers = {column: f"{value:.4g}" for column, value in judged(terms).items()}
-                scale = f"{cosine(directs[i], directs[i + 1]):.4g}" if i + 1 < len(taken) else ""
-                found.append(name | {"variant": variant} | numbers | {"next": scale})
-                if variant == "default" and i == 0:
-                    pairs = zip(age_in_window(moment.done[-1]), 1 - 2 * terms.c)
-                    weights += [name | {"age": age, "factor": f"{factor:.4g}"} for age, factor in pairs]
+        flags = taken[0].args
+        name = {"env_id": flags.env_id, "steps": flags.total_timesteps}
+        for variant, how in VARIANTS.items():
+            terms = [hypergradient(moment, **how) for moment in taken]
+            numbers = {column: f"{value:.4g}" for column, value in judged(terms).items()}
+            found.append(name | {"trajectories": len(taken), "variant": variant} | numbers)
+            if variant == "default":
+                pairs = zip(age_in_window(taken[0].done[-1]), 1 - 2 * terms[0].c)
+                weights += [name | {"age": age, "factor": f"{factor:.4g}"} for age, factor in pairs]
     args.results_dir.mkdir(parents=True, exist_ok=True)
     write_csv(args.results_dir / "gate.csv", found)
     write_csv(args.results_dir / "gate_weights.csv", weights)

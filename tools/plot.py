@@ -7,7 +7,8 @@
 The tables are printed and written to results/tables.md. results/speed.csv (by speed.py --csv),
 results/solvers.csv (by solvers.py) and results/gate.csv (by gate.py) are drawn if they are there. What the
 files hold is said in tools/results.py and tools/tabular.py, what the numbers mean in tools/tables.py and
-tools/learning.py.
+tools/learning.py. Of runs that learn a reward there are other ones, if no others are in the folder:
+tools/preferences.py.
 """
 
 import re
@@ -21,7 +22,7 @@ import tyro
 if not __package__:  # run as a file, for which Python looks in tools/, but not in the folder that holds it
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools import figures, learning, results, tables, tabular
+from tools import figures, learning, preferences, results, tables, tabular
 
 
 @dataclass
@@ -57,6 +58,11 @@ def deep_runs(results_dir: Path, figures_dir: Path) -> str:
     summary, curves = results.load_results(results_dir)
     if silent := results.without_episodes(summary):
         print(f"no episode was finished, left out: {', '.join(silent)}")
+    if {row["exp_name"] for row in summary} <= set(results.LEADERS):
+        figures.save(preferences.draw(curves), figures_dir, "preferences")
+        finals = results.grouped(summary)
+        parts = [preferences.table(summary, finals), preferences.against_drlhf(summary, finals)]
+        return "\n\n".join(part for part in parts if part)
     aggregates = tables.aggregate(summary, results.starting_returns(curves))
 
     drawn = figures.curve_figures(curves)
@@ -76,8 +82,10 @@ def deep_runs(results_dir: Path, figures_dir: Path) -> str:
 
 
 def tabular_runs(results_dir: Path, figures_dir: Path, apart: tuple[str, str] | None) -> str:
-    """Draws the figure of tabular.csv; returns the table of tabular_summary.csv."""
-    figures.save(tabular.draw(results.read_csv(results_dir / "tabular.csv"), apart), figures_dir, "tabular")
+    """Draws the figures of tabular.csv; returns the table of tabular_summary.csv."""
+    points = results.read_csv(results_dir / "tabular.csv")
+    figures.save(tabular.draw_overview(points, apart), figures_dir, "tabular")
+    figures.save(tabular.draw(points, apart), figures_dir, "tabular_all")
     return tabular.table(results.read_csv(results_dir / "tabular_summary.csv"), apart)
 
 

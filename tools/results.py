@@ -35,6 +35,23 @@ STYLES = {
     "ppo": ("#D55E00", (0, (1, 2)), "PPO, CleanRL's flags"),
 }
 
+# Those of the scripts that learn a reward, in Tol's colours
+LEADERS = {
+    "sac": ("#222222", "-", "SAC, true reward"),
+    "drlhf": ("#EE6677", (0, (5, 1)), "DRLHF"),
+    "sobirl": ("#4477AA", "-", "SoBiRL, bounded"),
+    "sobirl-four": ("#228833", (0, (3, 1, 1, 1)), "SoBiRL, four steps"),
+    "sobirl-unbounded": ("#66CCEE", "--", "SoBiRL, unbounded"),
+    "sobirl-authors": ("#AA3377", (0, (1, 1)), "SoBiRL, authors' loss"),
+    "hpgd": ("#CCBB44", (0, (3, 1)), "HPGD"),
+    "pbrl": ("#8C564B", (0, (3, 1, 1, 1, 1, 1)), "PBRL"),
+    "random": ("#BBBBBB", ":", "random reward"),
+}
+STYLES |= LEADERS
+
+# Columns of progress.csv that a line of the summary has too, of runs that learn a reward.
+LAST_COLUMNS = ("accuracy_fresh", "accuracy_replay", "reward_correlation", "tie_rate", "labels_used")
+
 # Columns of progress.csv that the per-seed files keep, as far as a run has them.
 CURVE_COLUMNS = (
     "global_step",
@@ -43,6 +60,15 @@ CURVE_COLUMNS = (
     "implicit_cosine",
     "implicit_norm_ratio",
     "ihvp_correction",
+    "alpha",
+    "accuracy_fresh",
+    "accuracy_replay",
+    "accuracy_train",
+    "bayes_ceiling",
+    "tie_rate",
+    "reward_correlation",
+    "ce_grad_norm",
+    "hyper_grad_norm",
 )
 POINTS = 200
 
@@ -208,6 +234,7 @@ def summary_row(config: dict, last: dict, evaluation: list[dict]) -> dict:
         "wall_seconds": last["wall_seconds"],
         "sps": last["sps"],
     }
+    row |= {column: last[column] for column in LAST_COLUMNS if column in last}
     public_flags = {name: value for name, value in flags.items() if name not in PRIVATE_FLAGS}
     return row | config["versions"] | {"flags": json.dumps(public_flags)}
 

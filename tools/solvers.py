@@ -72,14 +72,26 @@ class Moment(NamedTuple):
     args: object  # the run's flags
 
 
+def watch(run: Path, script, **watching) -> None:
+    """Goes on with a copy of a run from its last checkpoint but one, with functions of its script replaced by
+    those of the same name in `watching`, until one of them raises Enough or the run has ended."""
+    replaced = {name: getattr(script, name) for name in watching}
+    try:
+        vars(script).update(watching)
+        with tempfile.TemporaryDirectory() as folder:
+            going = shutil.copytree(run, Path(folder) / run.name)
+            script.main(["--resume", str(going / "checkpoint.previous.pt")])
+    except Enough:
+        pass
+    finally:
+        vars(script).update(replaced)
+
+
 def moments(run: Path, count: int):
     """The script of a run, and the first `count` moments after its last checkpoint but one."""
     script = SCRIPTS[json.loads((run / "config.json").read_text(encoding="utf-8"))["script"]]
-    taken = []
-    leader_gradient = script.leader_gradient
-    curvature = script.curvature
-
-    seen = {}
+    leader_gradient, curvature = script.leader_gradient, script.curvature
+    taken, seen = [], {}
 
     def see_actor(J, advantages, batch, transitions, actor, args):
         seen["rest"] = advantages, batch, transitions, args
@@ -92,17 +104,7 @@ def moments(run: Path, count: int):
             raise Enough
         return curvature(critic, batch, J, args)
 
-    script.leader_gradient = see_actor
-    script.curvature = see_critic
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            going = shutil.copytree(run, Path(folder) / run.name)
-            script.main(["--resume", str(going / "checkpoint.previous.pt")])
-    except Enough:
-        pass
-    finally:
-        script.leader_gradient = leader_gradient
-        script.curvature = curvature
+    watch(run, script, leader_gradient=see_actor, curvature=see_critic)
     return script, taken
 
 
@@ -131,13 +133,13 @@ def system(script, moment: Moment, hessian: str):
     return script.curvature(critic, batch, J, replace(args, hessian=hessian)), v
 
 
-def misfit(run: Path) -> bool:
-    """Whether run is not what this script needs."""
+def misfit(run: Path, scripts=SCRIPTS) -> bool:
+    """Whether run is not one of these scripts, with a solver, that has written two checkpoints."""
     if not (run / "config.json").exists() or not (run / "checkpoint.previous.pt").exists():
         return True
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     flags = config["flags"]
-    return config["script"] not in SCRIPTS or flags["ihvp"] == "none"
+    return config["script"] not in scripts or flags["ihvp"] == "none"
 
 
 def setup_ms(script, moment: Moment, hessian: str, repeat: int) -> float:

@@ -208,7 +208,22 @@ def on_common_grid(runs: list[list[dict]], x: str, y: str, points: int = 100):
     return grid, np.array([np.interp(np.log(grid), np.log(a), b) for a, b in zip(xs, ys)])
 
 
-def draw(points: list[dict], apart: tuple[str, str] | None = None) -> Figure:
+COLUMNS = (
+    ("round", "phi", "rounds", "φ"),
+    ("round", "gradient_norm", "rounds", "‖∇φ‖"),
+    ("seconds", "gradient_norm", "seconds", "‖∇φ‖"),
+    ("round", "cosine", "rounds", "cosine of direction and ∇φ"),
+)
+OVERVIEW = ("exact", "m-sobirl", "sobirl-78", "drlhf")
+
+
+def draw_overview(points: list[dict], apart: tuple[str, str] | None = None) -> Figure:
+    """phi and the cosine of some methods on the preference problems alone, if there are any."""
+    chosen = [row for row in points if row["exp_name"] in OVERVIEW and row["problem"] == "preference"]
+    return draw(chosen or points, apart, (COLUMNS[0], COLUMNS[3]))
+
+
+def draw(points: list[dict], apart: tuple[str, str] | None = None, columns=COLUMNS) -> Figure:
     """A row of panels per problem: phi and |grad phi| against rounds, |grad phi| against seconds, cosine.
 
     The cosine is that of the direction taken and the hypergradient, against rounds.
@@ -222,16 +237,10 @@ def draw(points: list[dict], apart: tuple[str, str] | None = None) -> Figure:
         problem_of[title] = row["problem"]
         groups[title, row["exp_name"]][row["seed"]].append(row)
     titles = list(problem_of)
-    columns = [
-        ("round", "phi", "rounds", "φ"),
-        ("round", "gradient_norm", "rounds", "‖∇φ‖"),
-        ("seconds", "gradient_norm", "seconds", "‖∇φ‖"),
-        ("round", "cosine", "rounds", "cosine of direction and ∇φ"),
-    ]
     legend_height = 0.7  # inches, below the panels
     height = 3.1 * len(titles) + legend_height
 
-    figure = Figure(figsize=(15, height))
+    figure = Figure(figsize=(3.75 * len(columns), height))
     axes = figure.subplots(len(titles), len(columns), squeeze=False)
     for (title, method), seeds in groups.items():
         colour, line_style, name = style(method)
@@ -260,7 +269,7 @@ def draw(points: list[dict], apart: tuple[str, str] | None = None) -> Figure:
         handles.values(),
         handles.keys(),
         loc="lower center",
-        ncols=6,
+        ncols=1 + len(columns),
         frameon=False,
         fontsize=9,
         handlelength=4,

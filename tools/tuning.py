@@ -6,6 +6,7 @@ seed, so that every level of a factor is in equally many of them.
     python tools/tuning.py commands --seeds 101 | xargs -d "\n" -P 2 -I {} sh -c {}
     python tools/tuning.py collect    # results/tuning.csv, a line per finished run
     python tools/tuning.py table      # configurations by their score, best first
+    python tools/tuning.py factors --seeds 101    # mean scores of the levels of every factor
 
 The commands are for the scripts of commit 29a3403, which could still make minibatches of whole windows. Runs
 that are in the folder or in the CSV file are not started again. The score of a configuration is the mean
@@ -95,8 +96,9 @@ def flags_of(method: str, chosen: Configuration) -> list[str]:
 
 @dataclass
 class Args:
-    action: tyro.conf.Positional[Literal["commands", "collect", "table"]]
-    """commands: print what is left to run; collect: finished runs into the CSV file; table: print it"""
+    action: tyro.conf.Positional[Literal["commands", "collect", "table", "factors"]]
+    """commands: print what is left to run; collect: finished runs into the CSV file; table: print it;
+    factors: print the mean score of every level of every factor"""
     runs_dir: Path = Path("runs-tuning")
     """folder of the run folders"""
     csv: Path = Path("results/tuning.csv")
@@ -209,6 +211,24 @@ def table(args: Args) -> str:
     return markdown(head, rows)
 
 
+def factors(args: Args) -> str:
+    """Markdown: for every level of every factor the mean score over the configurations that were drawn with
+    it, in brackets their number."""
+    score, every = scores(means_of(args)), configurations()
+    lines = []
+    for factor, levels in FACTORS.items():
+        for level in levels:
+            cells = []
+            for method in METHODS:
+                chosen = [n for n in range(1, CONFIGURATIONS + 1) if getattr(every[n], factor) == level]
+                known = [score[method, n] for n in chosen if (method, n) in score]
+                without = {"critic": ("nested", "blpo"), "nested_critic_steps": ("ppo",)}.get(factor, ())
+                shown = known and method not in without
+                cells.append(f"{np.mean(known):.2f} ({len(known)})" if shown else "")
+            lines.append([factor, level, *cells])
+    return markdown(["factor", "level", *METHODS], lines)
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     args = tyro.cli(Args, args=argv, description=__doc__)
@@ -216,6 +236,8 @@ def main(argv: list[str] | None = None) -> None:
         print("\n".join(commands(args)))
     elif args.action == "collect":
         collect(args)
+    elif args.action == "factors":
+        print(factors(args))
     else:
         print(table(args))
 

@@ -1,0 +1,506 @@
+"""Bilevel reinforcement learning with networks: a reward learned from preferences, for continuous actions.
+
+The leader is a reward net r_x(s, a), which is to predict which of two segments a teacher prefers. l(x) is the
+cross-entropy of its predictions on pairs of segments that the follower, who maximises r_x, has played:
+
+    --method sac      no leader, the environment's reward: what the others could reach at best
+             drlhf    x follows E[grad l] (13), as in Christiano et al. (arXiv:1706.03741)
+             sobirl   and how the segments, which the follower plays, depend on x, in its shortest form (78)
+             hpgd     the same, from discounted sums of rewards along the segments (14)
+             pbrl     and the regret of a second policy, the rival, which plays the pairs in its place
+             random   x stays as it is: what the follower reaches without any preference
+
+Equation numbers are those of Yang, Gao & Yuan (arXiv:2405.19697); leader.py has the formulas.
+
+The follower is soft actor-critic: Haarnoja et al. (arXiv:1812.05905), with the defaults of CleanRL's script.
+The actor pi (parameters theta) maximises reward and entropy; two critics Q_1, Q_2 estimate what an action is
+worth, and of two estimates the smaller one counts. For every step of the environment, B steps (s, a, s') are
+drawn from the replay memory; their rewards are asked of the reward net as it is now:
+
+    V(s')    = min_i Q'_i(s', a') - alpha log pi(a'|s')                                   a' ~ pi(.|s')
+    y        = r + gamma (1 - terminated) V(s')
+    critic   a step on  mean (Q_1(s, a) - y)^2 + mean (Q_2(s, a) - y)^2
+    Q'       moves by a share tau towards Q
+    actor    a step on  mean alpha log pi(a~|s) - min_i Q_i(s, a~)                        a~ ~ pi(.|s)
+    alpha    a step on  mean -alpha (log pi(a~|s) + target entropy), in log alpha
+
+Gradients are written out, as products with the networks' Jacobians (jacobian.py). What differs from CleanRL:
+a truncated episode bootstraps from the observation that it ended with; networks see actions in (-1, 1), while
+log pi is the density in the environment's units; alpha's step takes the sample that the actor's step took.
+
+Every --outer-steps steps the actor, frozen, plays --query-steps of them. Pairs are cut from these alone and
+labelled; x is updated; then the follower makes up for the updates that it has missed, on the new reward.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import support  # before the others, because it sets the number of threads, which torch reads when imported
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+
+from jacobian import FusedAdam, SquashedGaussian, flatten, jacobian_of, on_device
+from leader import Reward, bounded, hyper_gradient, penalty_gradient, preference_gradient, preference_loss
+from leader import suffix_gradient
+from nystrom import namespace, norm
+from support import evaluation
+from support.acting import numpy_policy
+from support.command import start
+from support.environments import Environments
+from support.flags import Count, Few, Name, Natural, NonNegative, Positive, Size
+from support.flags import UnitInterval, UnitStep, UpToBillion, UpToMillion
+from support.preferences import Pairs, PreferenceFlags, Preferences, accuracy, check_queries, margins_of
+from support.replay import Replay, Taken, Transitions
+from support.run_folder import Metrics, Run, finite, generators
+
+# Columns of progress.csv: of every method, and of those with a leader
+METRICS = ("alpha", "entropy", "critic_loss", "actor_loss", "q_mean", "skipped_updates")
+PHASES = ("inference", "env", "critic", "actor", "bookkeeping")
+LEADER = ("ce", "ce_grad_norm", "accuracy_train")
+HYPER = ("hyper_grad_norm", "hyper_cosine", "hyper_bound_active", "score_mean")
+
+
+@dataclass
+class Args(PreferenceFlags):
+    env_id: Name = "HalfCheetah-v4"
+    """Gymnasium id of an environment whose actions fill a box ("module:id" imports the module first)"""
+    method: Literal["sac", "drlhf", "sobirl", "hpgd", "pbrl", "random"] = "sac"
+    """how the reward is learned: not at all, since the environment's is known, from preferences, or never"""
+    total_timesteps: Count = 1_000_000
+    """environment steps in total, rounded down to whole iterations"""
+    exp_name: Name = ""
+    """name of the experiment, part of the run folder's name (empty: the method's name)"""
+    outer_steps: UpToMillion = 1_000
+    """environment steps of an iteration, each of which is a row of progress.csv"""
+    checkpoint_every: UpToMillion = 10
+    """iterations between checkpoints"""
+    buffer_size: UpToBillion = 1_000_000
+    """rows of the replay memory: a step is one, the end of an episode another one"""
+    keep_replay: bool = False
+    """keep replay.bin when the run has ended, so that --total-timesteps may grow afterwards"""
+    batch_size: UpToMillion = 256
+    """steps of an update, B"""
+    learning_starts: Natural = 5_000
+    """steps at random before the first update"""
+    policy_lr: UnitStep = 3e-4
+    """Adam step size of the actor"""
+    q_lr: UnitStep = 1e-3
+    """Adam step size of the critics, and of log alpha"""
+    anneal_lr: bool = False
+    """decay all step sizes linearly to 0, over --anneal-timesteps if it is given"""
+    hidden_size: Size = 256
+    """width of the two hidden layers, in all networks"""
+    gamma: UnitInterval = 0.99
+    """discount factor"""
+    tau: UnitStep = 0.005
+    """share of the way to the critics that their targets go with every update"""
+    policy_frequency: Count = 2
+    """updates of the critics from one turn of the actor to the next, which then makes as many of its own"""
+    alpha: Positive = 1.0
+    """temperature: the weight of the entropy, with --autotune at first, otherwise throughout"""
+    autotune: bool = True
+    """learn alpha, so that the entropy becomes minus the number of components of an action"""
+
+    # The leader
+    reward_lr: UnitStep = 1e-3
+    """AdamW step size of the reward net"""
+    reward_decay: NonNegative = 1e-2
+    """AdamW weight decay of the reward net"""
+    reward_epochs: Count = 8
+    """passes over the queue of an iteration"""
+    initial_epochs: Count = 50
+    """passes over the first pairs"""
+    reward_batch_size: UpToMillion = 64
+    """pairs of an update of the reward net"""
+    reward_hidden_size: Size = 64
+    """width of the two hidden layers of the reward net"""
+    reward_members: Few = 1
+    """reward nets, of which the mean counts"""
+    reward_input: Literal["state-action", "state"] = "state-action"
+    """what the reward net sees"""
+    reward_output: Literal["tanh", "linear"] = "tanh"
+    """tanh: rewards in (-1, 1); linear: any, of which the follower sees no more than +-10"""
+    reward_norm: bool = False
+    """shift and scale what the follower sees, to mean 0 and deviation 1 over the last steps"""
+    hyper_bound: NonNegative = 0.3
+    """largest norm of the second term, (78) or (14), in units of that of (13) (0: unbounded)"""
+    hyper_pairs: Literal["fresh", "queue"] = "fresh"
+    """what the second term is an average over: pairs of the last query, which pi has played, or any"""
+    hyper_batch_size: UpToMillion = 16
+    """fresh pairs for the second term of an update"""
+    hyper_actions: Few = 4
+    """sobirl: actions a' in every state"""
+    hyper_steps: Natural = 0
+    """updates with the second term, the last ones of an iteration (0: all)"""
+    hyper_start: Natural = 0
+    """environment steps before the second term is taken"""
+    hyper_coef_max: NonNegative = 0.0
+    """largest value of 1/alpha in the second term (0: any)"""
+    baseline: bool = True
+    """subtract the mean of the other pairs' losses from l in the second term"""
+    penalty: Positive = 0.01
+    """pbrl: weight lambda of the rival's regret, a difference of sums over segments"""
+
+    # What environments ask for, and has no flag here: one of them, as it is
+    num_envs = 1
+    norm_obs = False
+    norm_reward = False
+
+    @property
+    def leads(self) -> bool:
+        """Whether there is a reward net."""
+        return self.method != "sac"
+
+    @property
+    def hyper(self) -> bool:
+        """Whether there is a second term."""
+        return self.method in ("sobirl", "hpgd", "pbrl")
+
+    @property
+    def usual_name(self) -> str:
+        return self.method
+
+
+def check_args(args: Args) -> None:
+    """Rules between several flags; the range of a single one is part of its type."""
+    enough = args.total_timesteps >= args.outer_steps
+    args.require("total_timesteps", enough, f"be at least --outer-steps {args.outer_steps}")
+    rows = args.checkpoint_every * args.outer_steps <= 1_000_000_000
+    args.require("checkpoint_every", rows, "leave at most 1,000,000,000 steps between checkpoints")
+    later = args.learning_starts < args.total_timesteps
+    args.require("learning_starts", later, f"be less than --total-timesteps {args.total_timesteps}")
+    enough = args.buffer_size >= max(2, args.batch_size)
+    args.require("buffer_size", enough, f"hold a batch, {args.batch_size} steps, and 2 rows at least")
+    often = args.policy_frequency <= args.total_timesteps
+    args.require("policy_frequency", often, f"be at most --total-timesteps {args.total_timesteps}")
+    if args.leads:
+        check_queries(args)
+    with_action = args.method != "sobirl" or args.reward_input != "state"
+    args.require("reward_input", with_action, "be state-action with sobirl, whose second term is 0 otherwise")
+
+
+# Networks
+
+
+def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(inputs, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, outputs),
+    )
+
+
+class Actor(nn.Module):
+    """Gaussian policy whose samples are squashed into (-1, 1), which the environment's box is scaled to."""
+
+    def __init__(self, obs_dim: int, outputs: int, hidden: int = 256, device: str = "cpu"):
+        super().__init__()
+        self.net = mlp(obs_dim, hidden, outputs)  # the means of an action's components, then their deviations
+        self.vector = flatten(self, device)  # theta: an array that the parameters are views of
+        self.jacobian = jacobian_of(self.net)
+        self.action_size = outputs // 2
+
+    def noise(self, *shape, generator=None):
+        """What makes the mean a sample, (*shape, action_size)."""
+        return torch.randn(*shape, self.action_size, generator=generator).numpy()
+
+    def policy(self, obs, log_half: float):
+        """The Jacobian at obs (B, obs_dim), and the policy with an action in each of these states."""
+        J = self.jacobian(obs)
+        noise = on_device(self.noise(len(obs)), obs.device)
+        return J, SquashedGaussian(J.outputs, noise, log_half)
+
+    @staticmethod
+    def act(outputs, noise):
+        """Actions (n, action_size) from the outputs of net; noise 0 gives the squashed means."""
+        return SquashedGaussian(outputs, noise).actions
+
+    @staticmethod
+    def for_env(actions, space):
+        """What environments take, from actions (n, action_size)."""
+        within = actions.reshape(len(actions), *space.shape)
+        scaled = space.low + (within + 1) / 2 * (space.high - space.low)
+        return scaled.clip(space.low, space.high).astype(space.dtype)
+
+
+class Critic(nn.Module):
+    """Two networks, Q_1 and Q_2."""
+
+    def __init__(self, obs_dim: int, action_size: int, hidden: int = 256, device: str = "cpu"):
+        super().__init__()
+        self.nets = nn.ModuleList(mlp(obs_dim + action_size, hidden, 1) for _ in range(2))
+        self.vector = flatten(self, device)
+        self.jacobian_of_each = [jacobian_of(net) for net in self.nets]
+
+    def values(self, obs, actions):
+        """The Jacobians of Q_1 and Q_2 at obs (B, obs_dim) and actions (B, action_size), and what the two are
+        there (2, B)."""
+        xp = namespace(obs)
+        x = xp.concatenate([obs, actions], 1)
+        both = [jacobian(x) for jacobian in self.jacobian_of_each]
+        return both, xp.stack([J.outputs[:, 0] for J in both])
+
+    def moves_to(self, other, share: float) -> None:
+        torch.as_tensor(self.vector).lerp_(torch.as_tensor(other.vector), share)
+
+
+class Temperature(nn.Module):
+    """alpha, known by its logarithm."""
+
+    def __init__(self, alpha: float):
+        super().__init__()
+        self.log_alpha = nn.Parameter(torch.tensor([math.log(alpha)]))
+        self.vector = flatten(self)
+
+    @property
+    def alpha(self) -> float:
+        return math.exp(self.vector[0])
+
+
+# Losses, and their gradients
+
+
+def soft_value(values, log_prob, alpha: float):
+    """An estimate of the soft value V (B,), from the two values (2, B) of an action and its log pi (B,)."""
+    return namespace(values).amin(values, 0) - alpha * log_prob
+
+
+def critic_gradient(critic: Critic, obs, actions, y):
+    """Mean squared error of each critic (their mean), the mean value, and the gradient (p,) of the sum."""
+    both, values = critic.values(obs, actions)
+    error = values - y
+    parts = [(2 / len(y) * e)[:, None] @ J for e, J in zip(error, both)]
+    return float((error * error).mean()), float(values.mean()), namespace(y).concatenate(parts)
+
+
+def actor_gradient(J, policy: SquashedGaussian, critic: Critic, obs, alpha: float):
+    """mean (alpha log pi - min_i Q_i) over the policy's actions, and its gradient (p,) by theta, on which the
+    actions depend. In each state it goes through the smaller one of the critics."""
+    xp, B = namespace(obs), len(obs)
+    both, values = critic.values(obs, policy.actions)
+    first = values[0] <= values[1]
+    by_values = xp.stack([first, ~first]) * xp.full_like(values, -1 / B)  # (2, B)
+    by_inputs = sum(Q.by_input(by_value[:, None]) for Q, by_value in zip(both, by_values))
+    by_log_prob = xp.full_like(policy.log_prob, alpha / B)
+    loss = -float(soft_value(values, policy.log_prob, alpha).mean())
+    return loss, policy.gradient(by_inputs[:, obs.shape[1] :], by_log_prob) @ J
+
+
+def temperature_gradient(log_prob, alpha: float, target_entropy: float):
+    """Of mean -alpha (log pi + target entropy) by log alpha, (1,)."""
+    return np.array([-alpha * (float(log_prob.mean()) + target_entropy)])
+
+
+# The leader
+
+
+def pairs_at(places, preferences: Preferences, args: Args) -> Pairs:
+    """Those at these places in the queue."""
+    return Pairs(*(on_device(x, args.device) for x in preferences.pairs(places)))
+
+
+def second_term(reward: Reward, actor: Actor, alpha, preferences: Preferences, generator, args: Args, places):
+    """(78), in which a' are samples of the policy, or with hpgd (14): gradient and mean score. Of pairs of
+    the last query, or, where they may be any, of those at these places in the queue."""
+    if args.hyper_pairs == "fresh":
+        places = preferences.some_fresh(args.hyper_batch_size, generator)
+    pairs = pairs_at(places, preferences, args)
+    if args.method == "hpgd":
+        return suffix_gradient(reward, pairs, args.gamma, alpha, args.baseline)
+    A, xp = args.hyper_actions, namespace(pairs.obs)
+    outputs = actor.jacobian(pairs.obs.reshape(-1, pairs.obs.shape[-1])).outputs
+    noise = on_device(actor.noise(A * len(outputs), generator=generator), args.device)
+    others = SquashedGaussian(xp.tile(outputs, (A, 1)), noise).actions.reshape(A, *pairs.actions.shape)
+    chances = xp.full_like(others[..., 0], 1 / A)
+    return hyper_gradient(reward, pairs, others, chances, alpha, args.baseline)
+
+
+def penalty_term(reward: Reward, preferences: Preferences, begin: int, args: Args, _):
+    """pbrl: gradient and regret. The follower's segments are of the steps before the row `begin`, where the
+    rival began to play."""
+    best = preferences.segments(begin - 2 * args.query_steps, args.hyper_batch_size, 2, end=begin)
+    rival = preferences.segments(begin, args.hyper_batch_size, 2)
+    if not len(best):  # all episodes there were too short
+        return 0 * reward.vector, 0.0
+    both = (preferences.steps(starts) for starts in (best, rival))
+    both = (Taken(*(on_device(x, args.device) for x in steps)) for steps in both)
+    return penalty_gradient(reward, *both, args.penalty)
+
+
+def rival_gradient(rival: Actor, reward: Reward, preferences: Preferences, generator, args: Args):
+    """pbrl: that of E[l] by the rival's parameters, over a few of the pairs that it has played: REINFORCE."""
+    pairs = pairs_at(preferences.some_fresh(args.hyper_batch_size, generator), preferences, args)
+    losses, _ = preference_loss(margins_of(reward.at(pairs.obs, pairs.actions)[1].mean(0)), pairs.labels)
+    weights = losses - losses.mean() if args.baseline else losses
+    by_log_prob = namespace(losses).ones_like(pairs.obs[..., 0]) * (weights / len(weights))[:, None, None]
+    J = rival.jacobian(pairs.obs.reshape(-1, pairs.obs.shape[-1]))
+    policy = SquashedGaussian.of(J.outputs, pairs.actions.reshape(len(J.outputs), -1))
+    return policy.score(by_log_prob.reshape(-1)) @ J
+
+
+def train_reward(reward: Reward, adam, preferences, epochs: int, second, metrics: Metrics, lap, args: Args):
+    """Steps of x along minus (13) and, if it is given, the `second` term, a function of places in the
+    queue."""
+    batches = list(preferences.minibatches(epochs, args.reward_batch_size))
+    for left, places in zip(range(len(batches), 0, -1), batches):
+        pairs = pairs_at(places, preferences, args)
+        losses, margins, gradient = preference_gradient(reward, pairs)
+        metrics.add(ce=losses.mean(), ce_grad_norm=norm(gradient))
+        metrics.add(accuracy_train=accuracy(margins.mean(0), pairs.labels - 0.5))
+        if second and (left <= args.hyper_steps or not args.hyper_steps):
+            lap("reward")
+            term, score = second(places)
+            gradient, found = bounded(gradient, term, 0 if args.method == "pbrl" else args.hyper_bound)
+            metrics.add(score_mean=score, **found)
+            lap("hyper")
+        adam.step(gradient)
+        metrics.add(skipped_updates=adam.skipped)
+
+
+def box_of(args: Args, space) -> float:
+    """Refuses a box that squashed actions cannot fill; the sum of the logarithms of half its sides."""
+    filled = (np.isfinite(space.low) & np.isfinite(space.high) & (space.low < space.high)).all()
+    args.require("env_id", filled, f"have actions in a bounded box, not in {space}")
+    return float(np.log((space.high.astype(float) - space.low) / 2).sum())
+
+
+def train(args: Args, checkpoint: dict | None = None) -> Path:
+    """Trains, writes the run folder and returns it; goes on from a checkpoint if there is one."""
+    iterations = args.total_timesteps // args.outer_steps
+    envs = Environments(args, actions=gym.spaces.Box)
+    obs_dim, action_size = envs.obs_dim, envs.action_size
+    log_half = box_of(args, envs.action_space)
+    torch.manual_seed(args.seed)
+    actor = Actor(obs_dim, 2 * action_size, args.hidden_size, args.device)
+    critic = Critic(obs_dim, action_size, args.hidden_size, args.device)
+    target = Critic(obs_dim, action_size, args.hidden_size, args.device)
+    target.moves_to(critic, 1.0)
+    temperature = Temperature(args.alpha)
+    actor_adam = FusedAdam(actor.vector, args.policy_lr)
+    critic_adam = FusedAdam(critic.vector, args.q_lr)
+    alpha_adam = FusedAdam(temperature.vector, args.q_lr)
+    replay = Replay(args, obs_dim, action_size, 2 * args.checkpoint_every * args.outer_steps)
+    if args.leads:
+        reward = Reward(obs_dim, action_size, args)
+        reward_adam = FusedAdam(reward.vector, args.reward_lr, args.reward_decay)
+        preferences = Preferences(args, replay, reward.predict)
+
+    # All that the iterations to come depend on: a checkpoint is the state of these
+    parts = dict(actor=actor, critic=critic, target=target, temperature=temperature)
+    parts |= dict(actor_adam=actor_adam, critic_adam=critic_adam, alpha_adam=alpha_adam)
+    parts |= dict(envs=envs, replay=replay, **generators(args))
+    if args.leads:
+        parts |= dict(reward=reward, reward_adam=reward_adam, preferences=preferences)
+        parts["hyper"] = torch.Generator().manual_seed(args.seed)  # of the second term: disturbs no other
+    if args.method == "pbrl":
+        rival = Actor(obs_dim, 2 * action_size, args.hidden_size, args.device)
+        rival_adam = FusedAdam(rival.vector, args.policy_lr)
+        parts |= dict(rival=rival, rival_adam=rival_adam)
+
+    with Run(args, iterations, parts, checkpoint) as run:  # a Stop raised in here ends it with one line
+        envs.begin(run)  # first observations; of a resumed run, iterations() then restores the checkpoint
+        replay.begin(run)
+        lap = run.lap  # lap(phase) adds the time since the last lap to the phase; envs.step laps "env"
+        lap.phases = PHASES + ("reward",) * args.leads + ("hyper",) * args.hyper
+        for iteration in run.iterations():  # begins at the checkpoint, if any, and writes the next ones
+            metrics = Metrics(*METRICS, *LEADER * args.leads, *HYPER * args.hyper)
+            if args.anneal_lr:
+                left = 1 - iteration / ((args.anneal_timesteps or args.total_timesteps) // args.outer_steps)
+                actor_adam.lr = left * args.policy_lr
+                critic_adam.lr = alpha_adam.lr = left * args.q_lr
+
+            begin = replay.written  # the first row of the iteration
+            updated = envs.steps  # steps of the environment for which there has been an update
+            for t in range(args.outer_steps):
+                # A step. The policy acts in NumPy: PyTorch's cost per call outweighs a single observation
+                obs = envs.obs.copy()
+                if envs.steps < args.learning_starts:
+                    action = 2 * torch.rand(1, action_size).numpy() - 1
+                else:
+                    player = rival if args.method == "pbrl" and t < args.query_steps else actor
+                    outputs = numpy_policy(player.net)(obs)
+                    finite(outputs, "the policy has diverged: lower --policy-lr")
+                    action = actor.act(outputs, actor.noise(1))
+                lap("inference")
+                step = envs.step(actor.for_env(action, envs.action_space))
+                replay.add(obs[0], action[0], *(x[0] for x in step))
+                lap("bookkeeping")
+                if envs.steps <= args.learning_starts:
+                    updated = envs.steps
+                    continue
+
+                # The leader's turn, after steps in which the follower only acts
+                if args.leads and t + 1 < args.query_steps:
+                    continue
+                if args.leads and t + 1 == args.query_steps:
+                    epochs = args.reward_epochs if preferences.queries else args.initial_epochs
+                    second = None
+                    if args.hyper and preferences.queries and envs.steps >= args.hyper_start:
+                        alpha = max(temperature.alpha * reward.std, 1 / (args.hyper_coef_max or math.inf))
+                        second = partial(second_term, reward, actor, alpha, preferences, parts["hyper"], args)
+                        if args.method == "pbrl":
+                            second = partial(penalty_term, reward, preferences, begin, args)
+                    preferences.query(begin)
+                    if len(preferences.fresh) and args.method != "random":
+                        train_reward(reward, reward_adam, preferences, epochs, second, metrics, lap, args)
+                    if args.reward_norm:
+                        reward.normalise(replay.taken(replay.recent(10_000)))
+                    lap("reward")
+
+                for updated in range(updated + 1, envs.steps + 1):
+                    # The critics' update
+                    mb = Transitions(*(on_device(x, args.device) for x in replay.sample(args.batch_size)))
+                    rewards = reward.seen(mb.obs, mb.actions) if args.leads else mb.rewards
+                    _, policy = actor.policy(mb.next_obs, log_half)
+                    _, next_values = target.values(mb.next_obs, policy.actions)
+                    next_soft = soft_value(next_values, policy.log_prob, temperature.alpha)
+                    y = rewards + args.gamma * (1 - mb.terminated) * next_soft
+                    loss, value, gradient = critic_gradient(critic, mb.obs, mb.actions, y)
+                    critic_adam.step(gradient)
+                    target.moves_to(critic, args.tau)
+                    metrics.add(critic_loss=loss, q_mean=value, skipped_updates=critic_adam.skipped)
+                    lap("critic")
+
+                    # The actor's updates, and those of alpha, as many as it has missed
+                    for _ in range(args.policy_frequency * (updated % args.policy_frequency == 0)):
+                        alpha = temperature.alpha
+                        J, policy = actor.policy(mb.obs, log_half)
+                        loss, gradient = actor_gradient(J, policy, critic, mb.obs, alpha)
+                        actor_adam.step(gradient)
+                        if args.autotune:
+                            alpha_adam.step(temperature_gradient(policy.log_prob, alpha, -action_size))
+                        metrics.add(actor_loss=loss, entropy=-policy.log_prob.mean(), alpha=alpha)
+                        metrics.add(skipped_updates=actor_adam.skipped)
+                        if args.method == "pbrl":
+                            J, policy = rival.policy(mb.obs, log_half)
+                            _, gradient = actor_gradient(J, policy, critic, mb.obs, alpha)
+                            if preferences.queries > 1 and len(preferences.fresh):
+                                term = rival_gradient(rival, reward, preferences, parts["hyper"], args)
+                                gradient = gradient + term / args.penalty
+                            rival_adam.step(gradient)
+                    lap("actor")
+
+            evaluated = evaluation.during_training(run, iteration, actor, envs, args)
+            known, shown = envs.statistics(), "alpha {alpha:.3g}"
+            if args.leads:
+                known, shown = known | preferences.measured, shown + "  accuracy {accuracy_fresh:.2f}"
+            run.log_means(envs.steps, known, metrics, evaluated, shown)
+        evaluation.finish(run, actor, critic, envs, args, **(dict(reward=reward) if args.leads else {}))
+        replay.end()
+    return run.folder
+
+
+def main(argv: list[str] | None = None) -> Path | None:
+    return start(Args, check_args, train, Actor, __doc__, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,437 @@
+"""leader.py: the second term of the leader's gradient, against the tabular problems of sobirl_tabular.py,
+full enumeration, autograd and quadrature, in float64; then sobirl_continuous.py with --method sobirl, hpgd
+and pbrl."""
+
+import itertools
+import math
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import sobirl_continuous as sobirl
+import sobirl_tabular as tabular
+from jacobian import SquashedGaussian
+from leader import bounded, hyper_gradient, hyper_loss, penalty_gradient, preference_gradient
+from leader import preference_loss, suffix_gradient
+from support.preferences import Pairs, margins_of
+from support.run_folder import PREVIOUS
+from tests.test_preferences import HOPPER, PENDULUM, flags, reward_net
+from tests.test_sac import contents, flat, interrupted
+from tests.test_scripts import refused, rows, train
+
+
+@pytest.fixture(autouse=True)
+def double(float64):
+    """All of this is exact."""
+
+
+def pairs(M=6, L=4, obs_dim=3, action_size=2, seed=0):
+    rng = np.random.default_rng(seed)
+    obs = rng.normal(size=(M, 2, L, obs_dim))
+    return Pairs(obs, rng.uniform(-1, 1, (M, 2, L, action_size)), rng.choice([0.0, 0.5, 1.0], M))
+
+
+# Against tables
+
+
+def enumerated(problem):
+    """All pairs of trajectories of a tabular preference problem: states and actions (D^2, 2, H), and how
+    likely each pair is under a policy."""
+    S, A, H = *problem.P.shape[:2], problem.horizon
+    paths = torch.tensor(list(itertools.product(range(S), range(A), repeat=H))).reshape(-1, H, 2)
+    s, a = paths[..., 0], paths[..., 1]
+    moves = problem.P[s[:, :-1], a[:, :-1], s[:, 1:]].prod(1) / S
+    index = torch.cartesian_prod(torch.arange(len(s)), torch.arange(len(s)))
+    return s[index], a[index], lambda pi: (moves * pi[s, a].prod(1))[index].prod(1)
+
+
+def surrogate(problem, x, pi, s, a, chance, true, tau):
+    """(13) + (78) of a table of rewards by autograd, the second one through hyper_loss."""
+    r = x.requires_grad_().reshape(pi.shape)
+    labels = margins_of(true[s, a]).sigmoid()
+    losses, _ = preference_loss(margins_of(r[s, a]), labels)
+    expected = (pi * r).sum(1)[s]
+    weighted = losses.detach() * chance * len(chance)  # hyper_loss takes the mean of pairs
+    second, _ = hyper_loss(r[s, a], expected, weighted, tau, baseline=False)
+    first = torch.autograd.grad(losses @ chance, x, retain_graph=True)[0]
+    return first, torch.autograd.grad(second, x)[0]
+
+
+def true_reward(seed, S=4, A=3):
+    """What tabular.preference draws as the hidden reward."""
+    g = torch.Generator().manual_seed(seed)
+    tabular.uniform(S, A, S, generator=g)
+    return 2 * tabular.normal(S, A, generator=g)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_surrogate_is_the_one_step_hypergradient(seed):
+    """(13) + (78) = sobirl(depth="one") of the table, and (13) alone drlhf; with gamma 0 both are exact."""
+    problem = tabular.preference(seed)
+    s, a, chances = enumerated(problem)
+    for gamma in (problem.gamma, 0.0):
+        problem = tabular.replace(problem, gamma=gamma)
+        x = problem.start
+        Q = tabular.solve_follower(problem, problem.reward(x), torch.zeros(4, 3))
+        pi = torch.softmax(Q / problem.tau, 1)
+        chance = chances(pi)
+        assert float(chance.sum()) == pytest.approx(1)
+        first, second = surrogate(problem, x.clone(), pi, s, a, chance, true_reward(seed), problem.tau)
+        args = tabular.Args(samples=0, depth="one")
+        expected = tabular.sobirl(problem, x, Q, {}, args, None)
+        assert (first + second - expected).abs().max() <= 1e-12
+        assert (first - tabular.drlhf(problem, x, Q, {}, args, None)).abs().max() <= 1e-12
+    assert (first + second - tabular.exact(problem, x, Q, {}, args, None)).abs().max() <= 1e-12
+
+
+def test_scores_and_baselines_on_policy_and_off():
+    """The expected score is 0 for pairs that pi has played, not for those of others; on-policy the baseline
+    changes no expectation, enumerated over two independent pairs."""
+    problem = tabular.preference(3, S=2, A=2, H=1)
+    s, a, chances = enumerated(problem)
+    torch.manual_seed(0)
+    pi, other = torch.softmax(torch.randn(2, 2, 2), -1)
+    x = torch.randn(4, requires_grad=True)
+    r = x.reshape(2, 2)
+
+    def score(policy):
+        scores = (r[s, a] - (pi * r).sum(1)[s]).sum((-2, -1))
+        return torch.autograd.grad(chances(policy) @ scores, x, retain_graph=True)[0]
+
+    assert score(pi).abs().max() <= 1e-15 and score(other).abs().max() > 0.01
+    losses, _ = preference_loss(margins_of(r[s, a]), (a[:, 0, 0] > a[:, 1, 0]).double())
+    two = torch.cartesian_prod(torch.arange(16), torch.arange(16))
+    expected = (pi * r).sum(1)[s]
+
+    def mean_gradient(baseline, policy):
+        batches = [hyper_loss(r[s, a][m], expected[m], losses.detach()[m], 0.3, baseline)[0] for m in two]
+        mean = chances(policy)[two].prod(1) @ torch.stack(batches)
+        return torch.autograd.grad(mean, x, retain_graph=True)[0]
+
+    exact = mean_gradient(False, pi)
+    assert exact.abs().max() > 0.01
+    assert (mean_gradient(True, pi) - exact).abs().max() <= 1e-12
+    assert (mean_gradient(True, other) - mean_gradient(False, other)).abs().max() > 1e-3
+
+
+# Gradients, by autograd
+
+
+def learned(reward, obs, actions):
+    """Rewards of the members, differentiable, (members, ...)."""
+    x = torch.cat([torch.as_tensor(obs), torch.as_tensor(actions)], -1)
+    outputs = torch.stack([net(x).squeeze(-1) for net in reward.nets])
+    return outputs.tanh() if reward.args.reward_output == "tanh" else outputs
+
+
+@pytest.mark.parametrize("baseline", [True, False])
+@pytest.mark.parametrize("given", [[], ["--reward-output", "linear"], ["--reward-members", 3]])
+def test_gradient_of_the_second_term(given, baseline):
+    """(78) with expectations over five actions of any chances, each member by itself."""
+    reward, batch = reward_net(*given), pairs()
+    rng = np.random.default_rng(1)
+    others, chances = rng.uniform(-1, 1, (5, 6, 2, 4, 2)), rng.dirichlet(np.ones(5), (6, 2, 4))
+    chances = np.moveaxis(chances, -1, 0)
+    gradient, score = hyper_gradient(reward, batch, others, chances, 0.2, baseline)
+
+    rewards = learned(reward, batch.obs, batch.actions)
+    of_others = learned(reward, np.broadcast_to(batch.obs, (5, *batch.obs.shape)).copy(), others)
+    expected = (torch.as_tensor(chances) * of_others).sum(1)
+    losses = torch.nn.functional.binary_cross_entropy_with_logits(
+        margins_of(rewards), torch.as_tensor(batch.labels).expand(len(rewards), 6), reduction="none"
+    ).detach()
+    b = (losses.sum(1, keepdim=True) - losses) / 5 if baseline else 0.0
+    scores = (rewards - expected).sum((-2, -1))
+    loss = ((losses - b) * scores).mean(1).sum() / 0.2
+    assert np.allclose(gradient, flat(torch.autograd.grad(loss, list(reward.parameters()))), atol=1e-13)
+    assert score == pytest.approx(float(scores.mean().detach()), rel=1e-9)
+
+
+@pytest.mark.parametrize("baseline", [True, False])
+@pytest.mark.parametrize("given", [[], ["--reward-output", "linear", "--reward-members", 2]])
+def test_gradient_of_suffixes(given, baseline):
+    """(14): sums of discounted sums, less their mean over all segments, written as loops."""
+    reward, batch, gamma = reward_net(*given), pairs(), 0.8
+    gradient, score = suffix_gradient(reward, batch, gamma, 0.2, baseline)
+    rewards = learned(reward, batch.obs, batch.actions)
+    losses = torch.nn.functional.binary_cross_entropy_with_logits(
+        margins_of(rewards), torch.as_tensor(batch.labels).expand(len(rewards), 6), reduction="none"
+    ).detach()
+    Q = torch.zeros_like(rewards)
+    for h in range(4):
+        for k in range(h, 4):
+            Q[..., h] = Q[..., h] + gamma ** (k - h) * rewards[..., k]
+    V = Q.mean((1, 2), keepdim=True)  # for every h
+    scores = (Q - V).sum((-2, -1))
+    b = (losses.sum(1, keepdim=True) - losses) / 5 if baseline else 0.0
+    loss = ((losses - b) * scores).mean(1).sum() / 0.2
+    assert np.allclose(gradient, flat(torch.autograd.grad(loss, list(reward.parameters()))), atol=1e-12)
+    assert score == pytest.approx(0, abs=1e-12)
+
+
+def test_a_reward_of_states_has_no_second_term():
+    reward, batch = reward_net("--reward-input", "state"), pairs()
+    others = np.random.default_rng(1).uniform(-1, 1, (5, 6, 2, 4, 2))
+    gradient, score = hyper_gradient(reward, batch, others, np.full((5, 6, 2, 4), 0.2), 0.1, True)
+    first = preference_gradient(reward, batch)[2]
+    assert abs(gradient).max() <= 1e-12 * abs(first).max() + 1e-14 and abs(score) <= 1e-12
+
+
+def test_temperature_and_one_pair():
+    reward, batch = reward_net(), pairs()
+    others, chances = pairs(seed=1).actions[None], np.ones((1, 6, 2, 4))
+    one, tenth = (hyper_gradient(reward, batch, others, chances, alpha, True)[0] for alpha in (1.0, 0.1))
+    assert np.allclose(10 * one, tenth, rtol=1e-12)
+    single = Pairs(*(x[:1] for x in batch))  # which has no others: b is 0
+    one_other = others[:, :1], chances[:, :1], 1.0
+    with_b, without = (hyper_gradient(reward, single, *one_other, baseline)[0] for baseline in (True, False))
+    assert np.allclose(with_b, without) and abs(with_b).max() > 0
+
+
+def test_bounded():
+    direct, second = np.array([3.0, 4.0]), np.array([0.0, 20.0])
+    total, found = bounded(direct, second, 0.5)
+    assert np.allclose(total, [3.0, 6.5])
+    assert found["hyper_grad_norm"] == 20 and found["hyper_bound_active"] == 1
+    assert found["hyper_cosine"] == pytest.approx(0.8)
+    total, found = bounded(direct, second / 10, 0.5)
+    assert np.allclose(total, [3.0, 6.0]) and found["hyper_bound_active"] == 0
+    assert (bounded(direct, second, 0.0)[0] == direct + second).all()
+    assert (bounded(direct, 0 * second, 0.3)[0] == direct).all()
+
+
+@pytest.mark.parametrize("given", [[], ["--reward-members", 2]])
+def test_gradient_of_the_penalty(given):
+    reward, best, rival = reward_net(*given), pairs(), pairs(seed=1)
+    gradient, difference = penalty_gradient(reward, best, rival, 0.7)
+    returns = [learned(reward, batch.obs, batch.actions).sum(-1).mean((1, 2)) for batch in (best, rival)]
+    loss = 0.7 * (returns[0] - returns[1]).sum()
+    assert np.allclose(gradient, flat(torch.autograd.grad(loss, list(reward.parameters()))), atol=1e-13)
+    assert difference == pytest.approx(float((returns[0] - returns[1]).mean().detach()), rel=1e-9)
+
+
+@pytest.mark.parametrize("baseline", [True, False])
+def test_gradient_of_the_rival(baseline):
+    """REINFORCE: the mean of losses, less their mean, times the gradient of log y over both segments."""
+    reward, batch = reward_net("--reward-members", 2), pairs()
+    torch.manual_seed(1)
+    rival = sobirl.Actor(3, 4, 6)
+    preferences = SimpleNamespace(some_fresh=lambda *_: np.arange(6), pairs=lambda _: batch)
+    args = flags("--method", "pbrl", *([] if baseline else ["--no-baseline"]))
+    found = sobirl.rival_gradient(rival, reward, preferences, None, args)
+    margins = margins_of(learned(reward, batch.obs, batch.actions).mean(0))
+    labels = torch.as_tensor(batch.labels)
+    losses = torch.nn.functional.binary_cross_entropy_with_logits(margins, labels, reduction="none").detach()
+    mean, raw = rival.net(torch.as_tensor(batch.obs)).chunk(2, -1)
+    u = torch.arctanh(torch.as_tensor(batch.actions))
+    normal = torch.distributions.Normal(mean, (-5 + 3.5 * (raw.tanh() + 1)).exp())
+    log_prob = normal.log_prob(u).sum((1, 2, 3))
+    loss = ((losses - losses.mean() if baseline else losses) * log_prob).mean()
+    assert np.allclose(found, flat(torch.autograd.grad(loss, list(rival.parameters()))), atol=1e-12)
+
+
+# Samples
+
+
+def second_term(reward, batch, *given, generator=None, alpha=1.0, method="sobirl"):
+    """The script's, of these pairs, with an untrained actor; and that actor."""
+    torch.manual_seed(5)
+    actor = sobirl.Actor(3, 2 * batch.actions.shape[-1], 6)
+    preferences = SimpleNamespace(
+        fresh=np.arange(len(batch.labels)),
+        some_fresh=lambda count, _: np.arange(len(batch.labels))[:count],
+        pairs=lambda places: Pairs(*(x[places] for x in batch)),
+    )
+    args = flags("--method", method, "--reward-hidden-size", 5, *given)
+    generator = generator or torch.Generator().manual_seed(0)
+    return sobirl.second_term(reward, actor, alpha, preferences, generator, args, None), actor
+
+
+def test_sampled_actions_against_quadrature():
+    """The mean of many estimates with four actions each, and the expectation by Gauss and Hermite."""
+    reward, batch = reward_net(action_size=1), pairs(action_size=1)
+    generator, found = torch.Generator().manual_seed(0), []
+    for _ in range(400):
+        (gradient, _), actor = second_term(reward, batch, "--hyper-actions", 4, generator=generator)
+        found.append(gradient)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(40)
+    outputs = actor.jacobian(batch.obs.reshape(-1, 3)).outputs
+    others = [SquashedGaussian(outputs, np.full((len(outputs), 1), z)).actions for z in nodes]
+    others = np.stack(others).reshape(40, *batch.actions.shape)
+    chances = (weights / weights.sum())[:, None, None, None] * np.ones((40, 6, 2, 4))
+    exact, _ = hyper_gradient(reward, batch, others, chances, 1.0, True)
+    error = np.mean(found, 0) - exact
+    deviation = np.std(found, 0) / math.sqrt(len(found))
+    assert (abs(error) <= 4.5 * deviation + 1e-12).all()
+    assert np.linalg.norm(exact) > 10 * np.linalg.norm(deviation)
+
+
+def test_actions_of_the_second_term_have_a_generator_of_their_own():
+    first, second = (second_term(reward_net(), pairs())[0][0] for _ in range(2))
+    assert (first == second).all()
+    generator = torch.Generator().manual_seed(1)
+    assert (second_term(reward_net(), pairs(), generator=generator)[0][0] != first).any()
+    (suffix, score), _ = second_term(reward_net(), pairs(), "--gamma", 0.5, method="hpgd", alpha=0.3)
+    expected, _ = suffix_gradient(reward_net(), pairs(), 0.5, 0.3, True)
+    assert (suffix == expected).all()
+
+
+# Runs
+
+
+SOBIRL = [*PENDULUM, "--method", "sobirl", "--hyper-batch-size", 3]
+
+
+def test_with_the_second_term_times_0_a_run_is_that_of_drlhf(tmp_path, monkeypatch):
+    few = ["--total-timesteps", 200]
+    expected = contents(train(sobirl, tmp_path, *PENDULUM, *few))
+    assert contents(train(sobirl, tmp_path, *SOBIRL, *few))["model"] != expected["model"]
+    original = sobirl.second_term
+    monkeypatch.setattr(sobirl, "second_term", lambda *inputs: (0 * original(*inputs)[0], 0.0))
+    assert contents(train(sobirl, tmp_path, *SOBIRL, *few))["model"] == expected["model"]
+
+
+def test_where_the_second_term_is_taken(tmp_path, monkeypatch):
+    """Not in the first query, whose steps were at random; on fresh pairs only, with the temperature of the
+    time, in the last updates, after a start, as the flags say."""
+    seen = []
+    original = sobirl.second_term
+
+    def spy(reward, actor, alpha, preferences, generator, args, places):
+        seen.append((preferences.queries, alpha, places, preferences.fresh.copy()))
+        return original(reward, actor, alpha, preferences, generator, args, places)
+
+    monkeypatch.setattr(sobirl, "second_term", spy)
+    few = ["--total-timesteps", 160, "--eval-episodes", 0]
+
+    def calls(*given):
+        seen.clear()
+        train(sobirl, tmp_path, *SOBIRL, *few, *given)
+        return [queries for queries, *_ in seen]
+
+    # 10, 16, 22, ... pairs in minibatches of 4, twice
+    updates = {2: 8, 3: 12, 4: 14, 5: 18}
+    assert calls() == [query for query, count in updates.items() for _ in range(count)]
+    alphas = [alpha for _, alpha, *_ in seen]
+    assert len(set(alphas)) == 4 and alphas == sorted(alphas, reverse=True)
+    assert calls("--hyper-steps", 3) == [2, 2, 2, 3, 3, 3, 4, 4, 4, 5, 5, 5]
+    assert set(calls("--hyper-start", 120)) == {4, 5}
+    assert set(calls("--no-autotune", "--alpha", 0.5)) == {2, 3, 4, 5} and seen[0][1] == 0.5
+    calls("--no-autotune", "--alpha", 0.5, "--hyper-coef-max", 1.25)
+    assert {alpha for _, alpha, *_ in seen} == {0.8}
+    calls("--no-autotune", "--alpha", 0.5, "--reward-norm")
+    model = [alpha for _, alpha, *_ in seen]
+    assert len(set(model)) == 4 and 0.5 not in model  # times the deviation of the rewards
+    for _, _, places, fresh in seen:
+        assert len(fresh) == 6 and len(places) <= 4
+
+
+def test_fresh_pairs_or_any(tmp_path, monkeypatch):
+    rooms = []
+    original = sobirl.pairs_at
+
+    def spy(places, preferences, args):
+        rooms.append((sorted(places), preferences.fresh))
+        return original(places, preferences, args)
+
+    monkeypatch.setattr(sobirl, "pairs_at", spy)
+    for kind in ("fresh", "queue"):
+        rooms.clear()
+        few = ["--total-timesteps", 100, "--eval-episodes", 0]
+        train(sobirl, tmp_path, *SOBIRL, "--hyper-pairs", kind, *few)
+        firsts, seconds = rooms[12::2], rooms[13::2]  # after 4 epochs of 3 minibatches without the term
+        assert len(firsts) == len(seconds) == 8
+        if kind == "fresh":
+            assert all(set(places) <= set(fresh) and len(places) == 3 for places, fresh in seconds)
+        else:
+            assert all(one[0] == other[0] for one, other in zip(firsts, seconds))
+
+
+@pytest.mark.parametrize("method", ["sobirl", "hpgd", "pbrl"])
+def test_columns(method, tmp_path):
+    table = rows(train(sobirl, tmp_path, *SOBIRL, "--method", method) / "progress.csv")
+    for name in ("hyper_grad_norm", "hyper_cosine", "hyper_bound_active", "score_mean"):
+        assert all(math.isnan(row[name]) for row in table[:4])
+        assert all(math.isfinite(row[name]) for row in table[4:])
+    assert all(-1.001 <= row["hyper_cosine"] <= 1.001 for row in table[4:])
+
+
+def test_flags_change_the_run(tmp_path):
+    variants = [
+        [],
+        ["--method", "hpgd"],
+        ["--hyper-bound", 0.01],
+        ["--hyper-bound", 0],
+        ["--hyper-pairs", "queue"],
+        ["--hyper-batch-size", 4],
+        ["--hyper-actions", 3],
+        ["--hyper-steps", 2],
+        ["--hyper-start", 120],
+        ["--hyper-coef-max", 1e-3],
+        ["--no-baseline"],
+        ["--method", "drlhf"],
+        ["--method", "pbrl"],
+        ["--method", "pbrl", "--penalty", 2],
+    ]
+    few = ["--total-timesteps", 160, "--eval-episodes", 0, "--hyper-bound", 0.02]
+    found = [contents(train(sobirl, tmp_path, *SOBIRL, *few, *given))["model"] for given in variants]
+    for i, one in enumerate(found):
+        assert all(one != other for other in found[:i]), variants[i]
+
+
+@pytest.mark.parametrize("method", ["sobirl", "hpgd", "pbrl"])
+def test_resume_is_byte_identical(method, tmp_path, monkeypatch):
+    given = [*HOPPER, "--method", method, "--hyper-batch-size", 3]
+    expected = contents(train(sobirl, tmp_path / "reference", *given))
+    for step in (133, 215):
+        folder = interrupted(tmp_path / str(step), monkeypatch, step, *given)
+        shutil.copytree(folder, tmp_path / f"{step} again" / folder.name)
+        assert contents(sobirl.main(["--resume", str(folder)])) == expected
+        older = tmp_path / f"{step} again" / folder.name / PREVIOUS
+        assert contents(sobirl.main(["--resume", str(older)])) == expected
+
+
+def test_the_rival_plays_the_query(tmp_path, monkeypatch):
+    """y plays the frozen steps and pi all others; the segments of pi are of the steps before the query."""
+    players, terms = [], []
+    numpy_policy, penalty_term = sobirl.numpy_policy, sobirl.penalty_term
+
+    def see_policy(net):
+        players.append(net)
+        return numpy_policy(net)
+
+    def see_term(reward, preferences, begin, args, places):
+        segments = preferences.segments
+
+        def see_segments(*inputs, end=None):
+            found = segments(*inputs, end=end)
+            terms.append((begin, end, found.min(), found.max()))
+            return found
+
+        preferences.segments = see_segments
+        result = penalty_term(reward, preferences, begin, args, places)
+        preferences.segments = segments
+        return result
+
+    monkeypatch.setattr(sobirl, "numpy_policy", see_policy)
+    monkeypatch.setattr(sobirl, "penalty_term", see_term)
+    few = ["--total-timesteps", 120, "--eval-episodes", 0, "--checkpoint-every", 1]
+    folder = train(sobirl, tmp_path, *SOBIRL, "--method", "pbrl", *few)
+    names = [{id(players[0]): "y"}.get(id(net), "pi") for net in players]
+    assert names == (["y"] * 15 + ["pi"] * 5) * 3
+    assert len(terms) == 2 * (8 + 12)
+    for begin, end, low, high in terms[::2]:
+        assert end == begin and low >= begin - 30 and high <= begin - 5
+    for begin, end, low, high in terms[1::2]:
+        assert end is None and low >= begin
+    saved = [torch.load(folder / name, weights_only=True)["parts"] for name in (PREVIOUS, "checkpoint.pt")]
+    first, last = (parts["rival"] for parts in saved)
+    assert all(not torch.equal(first[name], last[name]) for name in first)
+
+
+def test_sobirl_needs_the_action(tmp_path, capsys):
+    err = refused(sobirl, capsys, *SOBIRL, "--reward-input", "state", "--runs-dir", tmp_path)
+    assert "--reward-input must be state-action" in err

@@ -1,0 +1,271 @@
+"""The environments of tools/tasks.py, and tools/phi.py and tools/preferences.py, which show what came out."""
+
+import re
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+import sobirl_discrete
+import sobirl_tabular as tabular
+from support.environments import env_state, make_env
+from tests.test_discrete import SMALL, flags
+from tests.test_scripts import ROOT, train
+from tools import phi, plot, preferences, results
+
+PREFERENCE = [*SMALL, "--env-id", "tools.tasks:Preference-v0", "--segment", 2, "--no-autotune"]
+
+
+def test_a_preference_problem_is_an_environment():
+    """Chances and rewards of many steps are those of the table; episodes are cut after two."""
+    env = gym.make("tools.tasks:Preference-v0", problem=2)
+    problem = tabular.preference(2)
+    rng = np.random.default_rng(0)
+    visits, moves, begins, n = np.zeros((4, 3)), np.zeros((4, 3, 4)), np.zeros(4), 40_000
+    obs, _ = env.reset(seed=0)
+    begins[obs.argmax()] += 1
+    for t in range(n):
+        s, a = int(obs.argmax()), int(rng.integers(3))
+        assert obs.sum() == 1 and obs.max() == 1
+        obs, reward, terminated, truncated, _ = env.step(a)
+        assert reward == float(problem.true[s, a]) and not terminated and truncated == (t % 2 == 1)
+        visits[s, a] += 1
+        moves[s, a, obs.argmax()] += 1
+        if truncated:
+            obs, _ = env.reset()
+            begins[obs.argmax()] += 1
+    P, found = problem.P.numpy(), moves / visits[..., None]
+    assert (abs(found - P) <= 4.5 * np.sqrt(P * (1 - P) / visits[..., None]) + 1e-9).all()
+    assert abs(begins / begins.sum() - 0.25).max() < 0.02
+
+
+def test_a_pendulum_with_bins():
+    """Torques from -2 to 2, evenly spaced; a checkpoint keeps its state."""
+    env = gym.make("tools.tasks:PendulumBins-v0", bins=5)
+    assert env.action_space == gym.spaces.Discrete(5)
+    plain = gym.make("Pendulum-v1")
+    for action, torque in enumerate((-2, -1, 0, 1, 2)):
+        env.reset(seed=action)
+        plain.reset(seed=action)
+        one, other = env.step(action), plain.step(np.float32([torque]))
+        assert (one[0] == other[0]).all() and one[1:4] == other[1:4]
+    made = make_env(flags("--env-id", "tools.tasks:PendulumBins-v0"))
+    made.reset(seed=0)
+    assert env_state(made) and made.action_space.n == 7
+    assert made.spec.max_episode_steps == 200 or made.get_wrapper_attr("_max_episode_steps") == 200
+
+
+def test_phi_is_that_of_the_table():
+    """By another way: all pairs of trajectories one by one, and an episode's rewards by enumeration."""
+    problem = tabular.preference(19)
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pi = phi.follower(problem, x)
+    V = torch.zeros(4, dtype=torch.float64)
+    for _ in range(500):
+        Q = x + problem.gamma * problem.P @ V
+        V = problem.tau * torch.logsumexp(Q / problem.tau, 1)
+    assert torch.allclose(pi, torch.softmax(Q / problem.tau, 1), atol=1e-9)
+    paths = [(s, a, t, b) for s in range(4) for a in range(3) for t in range(4) for b in range(3)]
+    chance = np.array([float(pi[s, a] * problem.P[s, a, t] * pi[t, b]) / 4 for s, a, t, b in paths])
+    sums, true = (np.array([float(r[s, a] + r[t, b]) for s, a, t, b in paths]) for r in (x, problem.true))
+    q, y = (1 / (1 + np.exp(-(z[:, None] - z[None]))) for z in (sums, true))
+    expected = chance @ -(y * np.log(q) + (1 - y) * np.log(1 - q)) @ chance
+    found = phi.measure(problem, x, torch.full_like(x, 1 / 3))
+    assert found["phi"] == pytest.approx(expected, rel=1e-9)
+    assert found["true_return"] == pytest.approx(chance @ true, rel=1e-9)
+    assert found["phi_actor"] != pytest.approx(expected, rel=1e-2)
+    best = phi.true_return(problem, phi.follower(problem, problem.true))
+    assert best > found["true_return"]
+    assert phi.of_tables(problem, "sobirl")["phi"] < phi.of_tables(problem, "drlhf")["phi"]
+
+
+def test_what_runs_have_achieved(tmp_path, capsys):
+    for method, exp_name in (("drlhf", "drlhf-2"), ("sobirl", "sobirl-unbounded-2")):
+        given = ["--env-kwargs", '{"problem": 2}', "--method", method, "--exp-name", exp_name]
+        given += ["--alpha", 0.2, "--gamma", 0.9]
+        folder = train(sobirl_discrete, tmp_path / "runs", *PREFERENCE, *given)
+    command = ["--runs-dir", str(tmp_path / "runs"), "--csv", str(tmp_path / "phi.csv")]
+    phi.main(["collect", *command])
+    phi.main(["collect", *command])  # again is no more
+    train(sobirl_discrete, tmp_path / "runs", *SMALL, "--env-id", "tests.probe_envs:ProbePole-v0")
+    phi.main(["collect", *command])  # nor are runs of another kind
+    found = results.read_csv(tmp_path / "phi.csv")
+    assert [(row["problem"], row["method"]) for row in found] == [("2", "drlhf"), ("2", "sobirl-unbounded")]
+    model = torch.load(folder / "model.pt", weights_only=True)
+    nets = {"reward": sobirl_discrete.reward_network(4, 8, 3), "actor": sobirl_discrete.Actor(4, 3, 8).net}
+    for name, net in nets.items():
+        prefix = "nets.0." if name == "reward" else "net."
+        weights = {k.removeprefix(prefix): v for k, v in model[name].items() if k.startswith(prefix)}
+        net.load_state_dict(weights)
+    with torch.no_grad():
+        reward, pi = nets["reward"](torch.eye(4)).tanh(), nets["actor"](torch.eye(4)).softmax(1)
+    expected = phi.measure(tabular.preference(2), reward.double(), pi.double())
+    for column, value in expected.items():
+        assert float(found[1][column]) == pytest.approx(value, abs=1e-4)
+    capsys.readouterr()
+    phi.main(["table", *command])
+    table = capsys.readouterr().out.splitlines()
+    heads = "| problem | drlhf, networks (1 runs) | sobirl-unbounded, networks (1 runs) | exact (9), table |"
+    assert table[0].startswith(heads)
+    for changed, line in (([], "--alpha 0.2 --gamma 0.9"), (["--batch-size", 9], "--batch_size 9, not 8")):
+        alpha = given if changed else given[:-4]
+        wrong = train(sobirl_discrete, tmp_path / line, *PREFERENCE, *alpha, "--seed", 2, *changed)
+        with pytest.raises(SystemExit, match=line):
+            phi.main(["collect", "--runs-dir", str(wrong.parent), *command[2:]])
+    shown, returned = float(found[0]["phi"]), float(found[0]["true_return"])
+    assert table[2].startswith(f"| 2 | {shown:.3f} ({returned:.2f}) |")
+    phi.main(["figure", *command, "--figures-dir", str(tmp_path)])
+    assert (tmp_path / "phi.png").stat().st_size > 5000
+    left, right = phi.draw(results.read_csv(tmp_path / "phi.csv")).axes
+    means = [line.get_xdata() for line in left.lines if line.get_marker() == "o"]
+    assert [float(x[0]) for x in means] == [float(row["phi"]) for row in found]
+    problem = tabular.preference(2)
+    last = [line.get_xdata() for line in right.lines if line.get_marker() == "o"][-1]
+    assert float(last[0]) == phi.share_of_best(problem, float(found[1]["true_return"]))
+    assert phi.share_of_best(problem, phi.true_return(problem, phi.follower(problem, problem.true))) == 1
+    with pytest.raises(SystemExit, match="error: --csv .* is not there"):
+        phi.main(["table", "--csv", str(tmp_path / "none.csv")])
+
+
+def test_what_tables_reach(capsys, tmp_path):
+    phi.main(["tables", "--problems", "2", "106", "--tables-csv", str(tmp_path / "tables.csv")])
+    shown = capsys.readouterr().out.strip()
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines()[2:]]
+    exact, sobirl, drlhf = lines
+    assert [row[0] for row in (exact, sobirl, drlhf)] == list(phi.TABLES)
+    assert (exact[2], sobirl[2], drlhf[2]) == ("1", "1", "0")
+    problems = [tabular.preference(2), tabular.preference(106)]
+    reached = [phi.of_tables(problem, "drlhf") for problem in problems]
+    assert float(drlhf[1]) == pytest.approx(np.mean([row["phi"] for row in reached]), abs=1e-3)
+    shares = []
+    for problem, row in zip(problems, reached):
+        chance = phi.true_return(problem, torch.full((4, 3), 1 / 3, dtype=torch.float64))
+        best = phi.true_return(problem, phi.follower(problem, problem.true))
+        shares.append((row["true_return"] - chance) / (best - chance))
+    assert float(drlhf[3]) == pytest.approx(np.mean(shares), abs=0.006)
+    assert phi.table_of_tables(results.read_csv(tmp_path / "tables.csv")) == shown
+
+
+def test_what_tables_reach_is_what_the_page_shows():
+    """All of the CSV file, of which two problems are calculated again."""
+    rows = results.read_csv(ROOT / "results" / "phi_tables.csv")
+    assert phi.table_of_tables(rows) in (ROOT / "docs" / "tabular.md").read_text(encoding="utf-8")
+    assert sorted({int(row["problem"]) for row in rows}) == list(range(200, 230))
+    for number in (203, 228):
+        for row in phi.without_networks(number):
+            found = [x for x in rows if (x["problem"], x["method"]) == (str(number), row["method"])]
+            assert float(found[0]["phi"]) == pytest.approx(row["phi"], abs=2e-4)
+            assert float(found[0]["share"]) == pytest.approx(row["share"], abs=2e-3)
+
+
+def test_phi_that_the_page_shows_is_that_of_the_published_runs():
+    """And what it says about them: on how many problems phi is lower, and how far the returns are."""
+    page = (ROOT / "docs" / "preferences.md").read_text(encoding="utf-8")
+    runs = results.read_csv(ROOT / "results" / "phi.csv")
+    shown, means = set(re.findall(r"^\| (\d+ \|.+?\|.+?\|.+?) \|", page, re.MULTILINE)), {}
+    methods = ("drlhf", "sobirl", "sobirl-unbounded")
+    for number in (2, 19, 21, 40, 81, 87, 95, 105, 106, 126):
+        for method in methods:
+            rows = [row for row in runs if (row["problem"], row["method"]) == (str(number), method)]
+            assert len(rows) == 3
+            means[number, method] = np.mean([(float(r["phi"]), float(r["true_return"])) for r in rows], 0)
+        cells = ["{:.3f} ({:.2f})".format(*means[number, method]) for method in methods]
+        assert " | ".join([str(number), *cells]) in shown
+    numbers = {number for number, _ in means}
+    below = [number for number in numbers if means[number, methods[2]][0] < means[number, "drlhf"][0]]
+    assert len(below) == 9 and means[106, "drlhf"][0] - means[106, methods[2]][0] < 0.001
+    assert sum(means[number, "sobirl"][0] < means[number, "drlhf"][0] for number in numbers) == 7
+    shares = {}
+    for method in methods:
+        each = [phi.share_of_best(tabular.preference(n), means[n, method][1]) for n in numbers]
+        shares[method] = f"{np.mean(each):.0%}".replace("%", " %")
+    assert shares == {"drlhf": "99 %", "sobirl": "95 %", "sobirl-unbounded": "57 %"}
+    assert all(f"{share}" in page for share in shares.values())
+
+
+# Tables and figures of runs that learn a reward
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """Results of runs of three methods, two seeds each, and of one in another environment."""
+    folder = tmp_path_factory.mktemp("learned")
+    for method in ("sac", "drlhf", "sobirl"):
+        for seed in (1, 2):
+            given = ["--env-id", "tests.probe_envs:ProbePole-v0", "--method", method, "--seed", seed]
+            train(sobirl_discrete, folder / "runs", *SMALL, *given, "--eval-episodes", 2)
+    train(sobirl_discrete, folder / "runs", *PREFERENCE, "--method", "random")
+    results.export(folder / "runs", folder / "results")
+    return folder
+
+
+def test_the_table_of_learned_rewards(learned):
+    summary, _ = results.load_results(learned / "results")
+    lines = preferences.table(summary, results.grouped(summary)).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert [row[:3] for row in cells[2:]] == [
+        ["tests.probe_envs-ProbePole-v0", "SAC, true reward", "2"],
+        ["tests.probe_envs-ProbePole-v0", "DRLHF", "2"],
+        ["tests.probe_envs-ProbePole-v0", "SoBiRL, bounded", "2"],
+        ["Preference-v0", "random reward", "1"],
+    ]
+    runs = [row for row in summary if row["exp_name"] == "drlhf"]
+    first, second = (float(row["eval_return"]) for row in runs)
+    half = 12.7062 * abs(first - second) / 2  # Student's t of two
+    assert cells[3][4] == f"{(first + second) / 2:.1f} ± {half:.1f}"
+    assert cells[3][5] == f"{(first + second) / 2:.1f}"
+    assert cells[3][6] == f"{np.mean([float(row['accuracy_replay']) for row in runs]):.2f}"
+    assert cells[2][6:] == ["", "", ""]
+
+
+def test_the_difference_to_drlhf(learned):
+    """Welch's interval, by SciPy."""
+    summary, _ = results.load_results(learned / "results")
+    (line,) = preferences.against_drlhf(summary, results.grouped(summary)).splitlines()[2:]
+    ours, theirs = (
+        [float(row["eval_return"]) for row in summary if row["exp_name"] == name]
+        for name in ("sobirl", "drlhf")
+    )
+    interval = scipy.stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval()
+    chance = np.mean([(x > y) + 0.5 * (x == y) for x in ours for y in theirs])
+    shown = f"{interval.low:,.1f} to {interval.high:,.1f} | {chance:.2f}"
+    assert line == f"| tests.probe_envs-ProbePole-v0 | SoBiRL, bounded | {shown} |"
+
+
+def test_the_page_shows_what_pendulum_has_come_to():
+    """Tables, and the bars that were set beforehand."""
+    folder = ROOT / "results" / "pendulum"
+    page = (ROOT / "docs" / "preferences.md").read_text(encoding="utf-8")
+    summary, _ = results.load_results(folder)
+    finals = results.grouped(summary)
+    for table in (preferences.table(summary, finals), preferences.against_drlhf(summary, finals)):
+        assert table in page
+    assert {len(values) for values in finals.values()} == {5} and len(finals) == 9
+    for row in summary:
+        curve = results.read_csv(results.curve_path(folder, row))
+        assert float(curve[-1]["return_100"]) == pytest.approx(float(row["return_100"]), rel=1e-3)
+
+
+def test_the_figure_of_learned_rewards(learned, tmp_path):
+    _, curves = results.load_results(learned / "results")
+    figure = preferences.draw(curves)
+    axes = np.array(figure.axes).reshape(2, len(preferences.PANELS))
+    assert [axis.get_ylabel() for axis in axes[:, 0]] == ["tests.probe_envs-ProbePole-v0", "Preference-v0"]
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names[1:3] == ["DRLHF (n = 2)", "SoBiRL, bounded (n = 2)"] and "random reward (n = 1)" in names
+    (ratio,) = axes[0, 3].lines
+    runs = curves["tests.probe_envs-ProbePole-v0", "sobirl"]
+    last = [run["hyper_grad_norm"][-1] / run["ce_grad_norm"][-1] for run in runs]
+    assert ratio.get_ydata()[-1] == pytest.approx(np.mean(last)) and axes[0, 3].get_yscale() == "log"
+    (_, _, temperature) = axes[0, 4].lines
+    assert temperature.get_ydata()[-1] == pytest.approx(np.mean([1 / run["alpha"][-1] for run in runs]))
+    assert len(axes[0, 1].lines) == 2 and len(axes[0, 0].lines) == 3 * 3
+
+
+def test_plot_draws_learned_rewards_alone(learned, tmp_path, capsys):
+    plot.main(["--results-dir", str(learned / "results"), "--figures-dir", str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {"preferences.png", "preferences.pdf"}
+    assert "| tests.probe_envs-ProbePole-v0 | DRLHF | 2 |" in capsys.readouterr().out
