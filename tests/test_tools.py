@@ -280,30 +280,41 @@ def test_groups_with_fewer_seeds_are_named():
     assert tables.fewer_seeds(results_of({"blpo": (1.0,), "ppo": (2.0,)})) == "" == tables.fewer_seeds([])
 
 
-def test_aggregates_by_hand():
-    summary = results_of(
-        {"blpo": (20.0, 30.0, 40.0, 1000.0), "nested": (10.0, 10.0), "ppo-matched": (20.0, 20.0)}
-    )
-    result = tables.aggregate(summary, {"E": 10.0})
-    assert list(result) == ["blpo", "nested", "ppo-matched"]
-    value, low, high = result["blpo"].iqm  # (x - 10) / 10 = 1, 2, 3, 99, of which the middle half is 2 and 3
-    assert value == pytest.approx(2.5) and 1 <= low < 2.5 < high <= 99
-    assert result["blpo"].chance is None and result["blpo"].blpo is None
-    assert result["nested"].blpo == result["blpo"].iqm
-    assert result["nested"].iqm == pytest.approx((0, 0, 0)) and result["nested"].chance == pytest.approx(
-        (1, 1, 1)
-    )
-    assert result["ppo-matched"].chance.value == pytest.approx((0.5 + 3) / 4)
-    assert tables.aggregate(results_of({"nested": (10.0, 10.0)}), {"E": 10.0}) == {}
-    single = results_of({"blpo": (20.0, 30.0), "nested": (1.0,), "ppo-matched": (20.0, 20.0)})
-    assert list(tables.aggregate(single, {"E": 10.0})) == ["blpo", "ppo-matched"]
-    other = [row | {"env_id": "F"} for row in results_of({"blpo": (20.0, 30.0), "ppo-matched": (20.0, 20.0)})]
-    both = tables.aggregate(summary + other, {"E": 10.0, "F": 10.0})
-    assert list(both) == ["blpo", "ppo-matched"]  # nested: in one of two environments
-    lines = tables.aggregate_table({"nested": result["nested"]}).splitlines()
-    chance, iqm = "1.00 (1.00 to 1.00)", "0.00 (0.00 to 0.00)"
-    assert lines[2] == f"| nesting only (1) | {iqm} | 2.50 ({low:.2f} to {high:.2f}) | {chance} |"
-    assert tables.aggregate_table({}) == ""
+def test_comparisons_by_hand():
+    """The final returns of three methods in one environment, in which runs begin at 10."""
+    returns = {"blpo": (20.0, 30.0, 40.0, 1000.0), "nested": (10.0, 10.0), "ppo-matched": (20.0, 20.0)}
+    finals = {("E", method): np.array(values) for method, values in returns.items()}
+    start = {"E": 10.0}
+    # (x - 10) / 10 = 1, 2, 3, 99, of which the middle half is 2 and 3
+    nested = learning.compare(finals, start, "nested")
+    value, low, high = nested.difference
+    assert value == pytest.approx(2.5 - 0) and 1 <= low < 2.5 < high <= 99
+    assert nested.environments == 1 and nested.chance == pytest.approx((1, 1, 1))
+    matched = learning.compare(finals, start, "ppo-matched")
+    assert matched.difference.value == pytest.approx(2.5 - 1)
+    assert matched.chance.value == pytest.approx((0.5 + 3) / 4)
+    # a method in another environment, or with one seed, is not compared
+    finals["F", "mean-c"] = finals["E", "nested"]
+    finals["E", "mine"] = np.array([1.0])
+    assert learning.compare(finals, start, "mean-c") is learning.compare(finals, start, "mine") is None
+    lines = learning.table({"final": {"nested": nested}}).splitlines()
+    chance, difference = "1.00 (1.00 to 1.00)", f"2.50 ({low:.2f} to {high:.2f})"
+    assert lines[2] == f"| final return | nesting only (1) | {chance} | {nested.p:.2g} | {difference} |"
+    assert learning.table({}) == ""
+
+
+def test_the_tuned_ppo_is_the_reference_where_there_is_one():
+    pairs = {"blpo": (10.0, 12.0), "ppo-matched": (7.0, 8.0), "ppo-tuned": (20.0, 22.0)}
+    finals = {("E", method): np.array(values) for method, values in pairs.items()}
+    assert tables.reference(finals) == "ppo-tuned"
+    scaled = tables.normalised(finals, "blpo", ["E"], {"E": 1.0})
+    assert scaled["E", "blpo"] == pytest.approx([9 / 20, 11 / 20])
+    head, _, line = tables.overview(results_of(pairs)).splitlines()
+    titles = ["environment", "PPO, tuned", "PPO, matched", "BLPO", "BLPO minus PPO, tuned", "P(BLPO > PPO)"]
+    assert cells_of(head) == titles
+    assert line.endswith("| 0.00 |")
+    del finals["E", "ppo-tuned"]
+    assert tables.reference(finals) == tables.reference({}) == "ppo-matched"
 
 
 SIX = np.array([0.0, 1.3, 2.1, 4.4, 7.2, 10.9])  # returns of six seeds
@@ -409,7 +420,7 @@ def test_iqm_difference_by_hand():
     values["E", "nested"] = np.array([15.0, 15])
     environments = learning.shared_environments(values, "blpo", "nested", "ppo-matched")
     assert environments == ("E",)
-    difference = learning.iqm_difference(values, {"E": 10.0}, "blpo", "nested", environments)
+    difference = tables.iqm_difference(values, "nested", environments, {"E": 10.0})
     assert difference.value == pytest.approx(2.5 - 0.5)  # (x - 10) / 10: the middle of 1, 2, 3, 99
     assert difference.low < 2 < difference.high
     assert tables.chance_of_improvement(values, "ppo-matched", environments).value == pytest.approx(3.5 / 4)
@@ -424,7 +435,7 @@ def test_the_table_of_learning_speed():
     level = [curve([0, 400], [0, 8]), curve([0, 400], [0, 6])]
     groups = {("E", "blpo"): [curve([0, 100, 400], [0, 7, 9])] * 2, ("E", "ppo-matched"): level}
     groups["E", "nested"] = [curve([0, 400], [0, 1])]  # a single seed
-    text = learning.table(*summary_of(groups, total_timesteps=400))
+    text = learning.table(learning.comparisons(*summary_of(groups, total_timesteps=400)))
     lines = [line.split(" | ") for line in text.splitlines()[2:]]
     measures = ["AUC, first quarter", "AUC", "steps to half way", "final return"]
     assert [line[0] for line in lines] == [f"| {name}" for name in measures]
@@ -432,7 +443,9 @@ def test_the_table_of_learning_speed():
     assert {line[2] for line in lines} == {"1.00 (1.00 to 1.00)"}
     assert all(float(line[3]) == pytest.approx(1 / 3, abs=0.05) for line in lines)
     assert lines[2][4] == " |" and float(lines[1][4].split()[0]) > 0.5
-    assert learning.table(*summary_of({("E", "blpo"): level}, total_timesteps=400)) == ""
+    alone = summary_of({("E", "blpo"): level}, total_timesteps=400)
+    assert learning.comparisons(*alone) == {} and learning.without_area(*alone) == ""
+    assert learning.without_area(*summary_of(groups, total_timesteps=40_000)).count(",") == 4
 
 
 def test_holm_by_hand():
@@ -498,8 +511,8 @@ def test_published_tables_are_those_of_the_published_runs():
     folder = ROOT / "results"
     summary = results.read_csv(folder / "summary.csv")
     curves = results.load_curves(folder, summary)
-    aggregates = tables.aggregate(summary, results.starting_returns(curves))
-    parts = [tables.all_tables(summary, aggregates), learning.table(summary, curves)]
+    compared = learning.comparisons(summary, curves)
+    parts = [tables.all_tables(summary), learning.table(compared)]
     parts.append(tabular.table(results.read_csv(folder / "tabular_summary.csv"), ("preference", "688")))
     assert "\n\n".join(parts) + "\n" == (folder / "tables.md").read_text(encoding="utf-8")
     for row in summary:
@@ -547,14 +560,14 @@ def test_learning_speed_that_pages_show_is_that_of_the_published_runs(capsys):
         wider.append(chances[1])
         assert [env_id, *(f"{chance:.2f}" for chance in chances)] in shown
     found = page("README.md").split("**What was found so far**")[1].split("Train on")[0]
-    pattern = r"^\| PPO, CleanRL's flags \(4\) \|.*\| 0\.(\d\d) \("
+    pattern = r"^\| final return \| PPO, CleanRL's flags \(4\) \| 0\.(\d\d) \("
     final = re.search(pattern, page("results/tables.md"), re.MULTILINE)
     for share in (round(100 * float(tested[0][2])), round(100 * np.mean(wider)), final[1]):
         assert f"{share} %" in found
 
 
 def test_published_aggregates_recomputed_without_the_tools():
-    """IQM and P(BLPO > x) in plain NumPy, from results/ to what tables.md and docs/results.md show."""
+    """Differences of IQMs and P(BLPO > x) in plain NumPy, from results/ to tables.md and docs/results.md."""
     folder = ROOT / "results"
     finals, starts = {}, {}
     for row in read(folder / "summary.csv"):
@@ -565,7 +578,6 @@ def test_published_aggregates_recomputed_without_the_tools():
         ]
         starts.setdefault(env_id, []).append(next(value for value in curve if not math.isnan(value)))
     names = {
-        "BLPO": "blpo",
         "BLPO, released term": "blpo-released",
         "BLPO with CG": "blpo-cg",
         "BLPO with preconditioned CG": "blpo-pcg",
@@ -595,15 +607,12 @@ def test_published_aggregates_recomputed_without_the_tools():
             environments = [
                 env_id for env_id, other in finals if other == method and len(finals[env_id, other]) > 1
             ]
-            (line,) = re.findall(
-                rf"^\| {re.escape(name)} \({len(environments)}\) \|(.+)\|$", text, re.MULTILINE
-            )
+            row = rf"^\| final return \| {re.escape(name)} \({len(environments)}\) \|(.+)\|$"
+            (line,) = re.findall(row, text, re.MULTILINE)
             shown = [cell.split("(")[0].strip() for cell in line.split("|")]
-            expected = [f"{iqm(method, environments):.2f}", "", ""]
-            if method != "blpo":
-                expected[1] = f"{iqm('blpo', environments):.2f}"
-                expected[2] = f"{chance(method, environments):.2f}"
-            assert shown == expected, (name_of_page, name)
+            difference = iqm("blpo", environments) - iqm(method, environments)
+            expected = [f"{chance(method, environments):.2f}", f"{difference:.2f}"]
+            assert [shown[0], shown[2]] == expected, (name_of_page, name)
 
 
 # What is drawn
@@ -714,14 +723,13 @@ def test_which_curves_are_in_which_figure():
         ("F", "ppo"): [plain],
     }
     drawn = figures.curve_figures(curves)
+    (endings,) = drawn.pop("variants").axes
+    assert [text.get_text() for text in endings.get_yticklabels()] == ["BLPO with CG", "BLPO"]
     shown = {}
     for name, figure in drawn.items():
-        shown[name] = {
-            axis.get_title(): methods_in(axis) for axis in figure.axes
-        }
+        shown[name] = {axis.get_title(): methods_in(axis) for axis in figure.axes}
     assert shown == {
         "curves": {"E": ["BLPO", "PPO, matched"], "F": ["BLPO", "PPO, CleanRL's flags"]},
-        "variants": {"E": ["BLPO", "BLPO with CG"]},
         "time": {"E": ["BLPO", "BLPO with CG", "PPO, matched"], "F": ["BLPO", "PPO, CleanRL's flags"]},
         "implicit_cosine": {"E": ["BLPO", "BLPO with CG"], "F": ["BLPO"]},
         "implicit_norm_ratio": {"E": ["BLPO", "BLPO with CG"], "F": ["BLPO"]},
@@ -741,7 +749,6 @@ def test_which_curves_are_in_which_figure():
     returns = "return, mean of the last 100 episodes"
     assert ends == {
         "curves": (steps, returns, 1, 2, 7, 8),
-        "variants": (steps, returns, 1, 2, 7, 8),
         "time": ("wall-clock time (minutes)", returns, 1, 2, 7, 8),
         "implicit_cosine": (steps, "cosine of implicit term and policy gradient", 1, 2, 0.1, 0.2),
         "implicit_norm_ratio": (steps, "norm of implicit term / policy gradient", 1, 2, 0.3, 0.4),
@@ -754,38 +761,49 @@ def test_which_curves_are_in_which_figure():
     assert shared_legend(alone["curves"]) == ["BLPO, mean c (n = 1)"]
 
 
-def test_aggregate_figure():
-    estimate = tables.Estimate
-    result = {
-        "blpo": tables.Aggregate(("E", "F"), iqm=estimate(1.1, 1.0, 1.3)),
-        "mine": tables.Aggregate(
-            ("E",),
-            iqm=estimate(0.8, 0.6, 0.9),
-            blpo=estimate(1.2, 1.15, 1.25),
-            chance=estimate(0.7, 0.55, 0.95),
-        ),
+def test_variants_are_shown_by_where_their_runs_end():
+    curves = {
+        ("E", "blpo"): [run_of([0, 1], [5, 1]), run_of([0, 1], [5, 3])],
+        ("E", "blpo-cg"): [run_of([0, 1], [5, 4])],
+        ("solved", "blpo"): [run_of([0, 1], [5, 500]), run_of([0, 1], [5, 500])],
     }
+    (axis,) = figures.draw_endings(curves).axes
+    assert axis.get_title() == "E"  # in the other one nothing differs
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["BLPO with CG", "BLPO"]
+    dots = {line.get_ydata()[0]: list(line.get_xdata()) for line in axis.lines if line.get_marker() == "o"}
+    assert dots == {1: [1, 3], 0: [4]}
+    (cg, blpo) = [bar.get_segments()[0][:, 0] for bar in axis.collections]
+    half = scipy.stats.t.ppf(0.975, 1)  # two returns, standard error 1
+    assert blpo == pytest.approx([2 - half, 2 + half]) and cg == pytest.approx([4, 4])
+
+
+def test_aggregate_figure():
+    mine = learning.Comparison(2, tables.Estimate(0.7, 0.55, 0.95), 0.01, tables.Estimate(-0.1, -0.3, 0.2))
+    nested = learning.Comparison(3, tables.Estimate(0.4, 0.2, 0.6), 0.5, None)  # no scale for a difference
+    result = {"AUC25": {"nested": nested, "mine": mine}, "steps": {"mine": mine}, "final": {"mine": mine}}
     left, right = figures.draw_aggregate(result).axes
-    assert [text.get_text() for text in left.get_yticklabels()] == ["mine (1 env.)", "BLPO (2 env.)"]
-    assert left.get_xlabel().startswith("IQM of normalised returns") and right.get_xlabel().startswith(
-        "P(BLPO > this)"
-    )
-    drawn = [
-        [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines] for axis in (left, right)
-    ]
+    rows = [text.get_text() for text in left.get_yticklabels()]
+    assert rows == ["mine (2 tasks)", "nesting only (3 tasks)"]
+    assert "P(BLPO better)" in left.get_xlabel() and "BLPO minus this" in right.get_xlabel()
+    drawn = []
+    for axis in (left, right):
+        points = [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines]
+        drawn.append([(x, [round(value, 2) for value in y]) for x, y in points])
     assert drawn[0] == [
-        ([0.6, 0.9], [0, 0]),
-        ([0.8], [0]),
-        ([1.15, 1.25], [-0.28, -0.28]),
-        ([1.2], [-0.28]),
-        ([1.0, 1.3], [1, 1]),
-        ([1.1], [1]),
+        ([0.2, 0.6], [1.24, 1.24]),
+        ([0.4], [1.24]),
+        ([0.55, 0.95], [0.24, 0.24]),
+        ([0.7], [0.24]),
+        ([0.55, 0.95], [-0.24, -0.24]),
+        ([0.7], [-0.24]),
+        ([0.5, 0.5], [0, 1]),  # what is even
     ]
-    assert drawn[1] == [([0.55, 0.95], [0, 0]), ([0.7], [0]), ([0.5, 0.5], [0, 1])]  # the last: what is even
-    assert right.get_xlim() == (0, 1)
-    # a bar and its dot have one colour, BLPO's is the same everywhere, and another method has another one
+    ends = [([-0.3, 0.2], [-0.1])] * 2
+    assert [(drawn[1][i][0], drawn[1][i + 1][0]) for i in (0, 2)] == ends and drawn[1][4] == ([0, 0], [0, 1])
+    assert left.get_xlim() == (0, 1)
     colours = [line.get_color() for line in left.lines]
-    assert colours[0] == colours[1] and colours[2:] == ["#0072B2"] * 4 and colours[0] != "#0072B2"
+    assert colours[0] == colours[1] == results.STYLES["nested"][0] != colours[2] == colours[3]
+    assert shared_legend(left.figure) == ["area, first quarter", "final return"]
 
 
 def test_runtime_figure():
@@ -844,17 +862,20 @@ def test_solvers_figure():
     ]
     first, second = figures.draw_solvers(rows).axes
     assert (first.get_title(), second.get_title()) == ("E", "F")
-    assert first.get_ylabel() == "‖(H + ρI)x − v‖ / ‖v‖" and {a.get_xlabel() for a in (first, second)} == {
-        "ms per solve"
-    }
+    assert first.get_ylabel() == "‖(H + ρI)x − v‖ / ‖v‖"
+    assert first.get_xlabel() == second.get_xlabel() == "ms per solve"
     assert {a.get_xscale() for a in (first, second)} == {a.get_yscale() for a in (first, second)} == {"log"}
-    assert legend(first) == ["Nyström, Krylov (default)", "new"]
+    named = shared_legend(first.figure)
+    assert named[:3] == ["Nyström, Krylov (default: ringed)", "new", "CG"] and "1 %" in named[-1]
     drawn = [(list(line.get_xdata()), list(line.get_ydata()), line.get_linestyle()) for line in first.lines]
-    assert drawn == [([0.5, 1], [0.1, 0.01], "-"), ([2], [0.2], ":"), ([3], [0.3], "-")]
-    assert [line.get_markerfacecolor() == "white" for line in first.lines] == [False, True, False]
-    assert first.lines[0].get_color() == first.lines[1].get_color() != first.lines[2].get_color()
-    (line,) = second.lines
-    assert list(line.get_xydata()[0]) == [4, 0.4]
+    ring = ([1], [0.01], "None")
+    percent = ([0, 1], [0.01, 0.01], "-")
+    assert drawn == [([0.5, 1], [0.1, 0.01], "-"), ring, ([2], [0.2], ":"), ([3], [0.3], "-"), percent]
+    assert [line.get_markerfacecolor() for line in first.lines[1:3]] == ["none", "white"]
+    colours = [line.get_color() for line in first.lines]
+    assert colours[0] == colours[1] == colours[2] != colours[3]
+    assert list(second.lines[0].get_xydata()[0]) == [4, 0.4]
+    assert first.get_ylim() == second.get_ylim() == (0.005, 0.8)
 
 
 def test_figures_are_written_as_png_and_pdf(tmp_path):
@@ -1043,13 +1064,12 @@ def test_from_runs_to_tables_and_figures(tmp_path, capsys):
     assert [block.splitlines()[0].split(" | ")[0] for block in blocks] == [
         "| environment",
         "| environment",
-        "| over the environments that have all of BLPO, PPO matched and the method",
         "| measure",
         "no area, since a run has no episode so early or ends before: Pendulum-v1 PPO, CleanRL's flags",
         "| problem",
     ]
     assert "| Pendulum-v1 | BLPO | 2 | 10.0 ± 12.7 |" in blocks[1]
-    assert "| preference, seed 688 | exact (9) | 1 |" in blocks[5]
+    assert "| preference, seed 688 | exact (9) | 1 |" in blocks[4]
     names = {
         "curves",
         "time",

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from PIL import Image  # which matplotlib needs, too
 
-from tools.results import label, style
+from tools.results import label, method_order, style
+from tools.tables import half_width
 
 # Shown beside BLPO in a figure of their own:
 VARIANTS = ("blpo-released", "blpo-cg", "blpo-pcg", "mean-c")
@@ -39,10 +41,11 @@ SOLVERS = {
     "columns": ("#000000", "s", "Nyström, random columns"),
     "gaussian": ("#E69F00", "D", "Nyström, Gaussian"),
     "v-gaussian": ("#56B4E9", "^", "Nyström, v first"),
-    "krylov": ("#0072B2", "o", "Nyström, Krylov (default)"),
+    "krylov": ("#0072B2", "o", "Nyström, Krylov (default: ringed)"),
     "cg": ("#CC79A7", "v", "CG"),
     "pcg": ("#009E73", "P", "preconditioned CG"),
 }
+DEFAULT_SOLVE = ("krylov", "gauss-newton", "2")  # --nystrom-rank 2
 
 
 def save(figure: Figure, figures_dir: Path, name: str) -> None:
@@ -142,11 +145,45 @@ def draw_curves(curves, *, x: str, y: str, xlabel: str, ylabel: str, scale: floa
     return figure
 
 
+def draw_endings(curves) -> Figure:
+    """A panel per environment with a row per method: every run's last return, their mean and its interval.
+
+    Environments in which all runs end with the same return are left out, unless there is no other.
+    """
+    lasts = defaultdict(set)
+    for (env_id, _), runs in curves.items():
+        lasts[env_id] |= {run["return_100"][-1] for run in runs}
+    environments = [env_id for env_id, returns in lasts.items() if len(returns) > 1] or list(lasts)[:1]
+    methods = sorted({method for _, method in curves}, key=method_order, reverse=True)
+    figure = Figure(figsize=(1.5 + 3.2 * len(environments), 0.45 * len(methods) + 1.2))
+    axes = figure.subplots(1, len(environments), sharey=True, squeeze=False)[0]
+    for axis, env_id in zip(axes, environments):
+        for y, method in enumerate(methods):
+            returns = np.array([run["return_100"][-1] for run in curves.get((env_id, method), [])])
+            if len(returns) == 0:
+                continue
+            (dots,) = axis.plot(returns, np.full(len(returns), y), "o", color=style(method)[0], alpha=0.4)
+            half = half_width(returns) if len(returns) > 1 else 0
+            axis.errorbar(returns.mean(), y, xerr=half, color=dots.get_color(), marker="|", markersize=14)
+        axis.set(title=env_id, yticks=range(len(methods)), ylim=(-0.6, len(methods) - 0.4))
+        axis.xaxis.set_major_formatter("{x:,.10g}")
+        axis.grid(alpha=0.25)
+    axes[0].set_yticklabels([label(method) for method in methods])
+    figure.supxlabel(RETURN_LABEL, fontsize="medium")
+    figure.tight_layout()
+    return figure
+
+
 def add_legend(figure: Figure, handles: dict, counts: dict) -> None:
     """A legend below the panels: of every method a line, and of how many runs its means are."""
     names = [f"{label(method)} (n = {' to '.join(map(str, ends(counts[method])))})" for method in handles]
-    lines = list(handles.values())
-    figure.legend(lines, names, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=5, frameon=False)
+    place_legend(figure, dict(zip(names, handles.values())), ncols=5)
+
+
+def place_legend(figure: Figure, handles: dict, ncols: int = 3) -> None:
+    """Puts names and their lines below the panels."""
+    below = dict(loc="upper center", bbox_to_anchor=(0.5, 0))
+    figure.legend(handles.values(), handles, ncols=ncols, frameon=False, **below)
 
 
 def ends(numbers) -> list[int]:
@@ -176,7 +213,7 @@ def curve_figures(curves) -> dict[str, Figure]:
             for (env_id, method), runs in curves.items()
             if env_id in varied and method in ("blpo", *VARIANTS)
         }
-        figures["variants"] = draw_curves(beside_blpo, **against_steps)
+        figures["variants"] = draw_endings(beside_blpo)
 
     figures["time"] = draw_curves(
         curves,
@@ -209,38 +246,47 @@ def curve_figures(curves) -> dict[str, Figure]:
 # Aggregates
 
 
-def draw_estimate(axis, estimate, *, y: float, width: float, colour) -> None:
-    """A bar over the interval of a tables.Estimate, and a dot at its value; colour None: the cycle's next."""
-    interval = [estimate.low, estimate.high]
-    (bar,) = axis.plot(interval, [y, y], color=colour, linewidth=width, alpha=0.35, solid_capstyle="butt")
-    axis.plot(estimate.value, y, "o", color=bar.get_color(), markersize=width)
+# The measures of learning.py that a figure compares methods by: marker, label
+MEASURES = {
+    "AUC25": ("^", "area, first quarter"),
+    "AUC": ("s", "area"),
+    "final": ("o", "final return"),
+}
 
 
-def draw_aggregate(result) -> Figure:
-    """IQM and P(BLPO > method) of every method, the first at the top.
+def draw_aggregate(compared) -> Figure:
+    """Two panels with a row per method: P(BLPO > method), and the difference of interquartile means; in a row
+    a dot with its interval for every measure.
 
-    result: as from `tables.aggregate`, not empty.
+    compared: as from `learning.comparisons`, not empty.
     """
-    figure = Figure(figsize=(9, 0.5 * len(result) + 1.4))
+    shown = {name: compared[name] for name in MEASURES if name in compared}
+    methods = sorted({method for found in shown.values() for method in found}, key=method_order)
+    tasks = {m: [found[m].environments for found in shown.values() if m in found] for m in methods}
+    figure = Figure(figsize=(9, 0.55 * len(methods) + 1.5))
     left, right = figure.subplots(1, 2, sharey=True)
-    bottom_up = list(reversed(result.items()))
-    for row, (method, values) in enumerate(bottom_up):
-        colour = style(method)[0]
-        draw_estimate(left, values.iqm, y=row, width=6, colour=colour)
-        if values.blpo:
-            draw_estimate(left, values.blpo, y=row - 0.28, width=2, colour=style("blpo")[0])
-        if values.chance:
-            draw_estimate(right, values.chance, y=row, width=6, colour=colour)
-    left.set(yticks=range(len(result)), ylim=(-0.6, len(result) - 0.4))
-    left.set_xlabel("IQM of normalised returns (PPO, matched = 1)\nthin: BLPO on the same environments")
-    left.set_yticklabels(
-        [f"{label(method)} ({len(values.environments)} env.)" for method, values in bottom_up]
-    )
-    right.set(xlabel="P(BLPO > this), pairs of runs", xlim=(0, 1))
-    right.axvline(0.5, color="grey", linewidth=0.8)
-    for axis in (left, right):
+    handles = {}
+    for name, found in shown.items():
+        marker, meaning = MEASURES[name]
+        offset = 0.24 * (1 - list(MEASURES).index(name))
+        for method, comparison in found.items():
+            y = len(methods) - 1 - methods.index(method) + offset
+            for axis, value in ((left, comparison.chance), (right, comparison.difference)):
+                if value is None:
+                    continue
+                colour = style(method)[0]
+                (line,) = axis.plot([value.low, value.high], [y, y], color=colour, linewidth=1.5)
+                axis.plot(value.value, y, marker, color=line.get_color(), markersize=5)
+        handles[meaning] = Line2D([], [], color="grey", marker=marker, linewidth=1.5)
+    left.set(yticks=range(len(methods)), ylim=(-0.6, len(methods) - 0.4), xlim=(0, 1))
+    left.set_yticklabels([f"{label(method)} ({max(tasks[method])} tasks)" for method in methods[::-1]])
+    left.set_xlabel("P(BLPO better), pairs of runs")
+    right.set_xlabel("BLPO minus this, interquartile means")
+    for axis, even in ((left, 0.5), (right, 0)):
+        axis.axvline(even, color="grey", linewidth=0.8)
         axis.grid(alpha=0.25)
     figure.tight_layout()
+    place_legend(figure, handles)
     return figure
 
 
@@ -288,11 +334,15 @@ def draw_runtime(rows: list[dict]) -> Figure:
 def draw_solvers(rows: list[dict]) -> Figure:
     """A panel per environment: relative residual against milliseconds per solve, a point per budget.
 
-    rows: of solvers.csv, not empty: env_id, solver, hessian ("gauss-newton" or "full"), ms, residual.
+    The default is ringed. rows: of solvers.csv, not empty: env_id, solver, hessian ("gauss-newton" or
+    "full"), products, ms, residual.
     """
     environments = list(dict.fromkeys(row["env_id"] for row in rows))
     others = dict.fromkeys(row["solver"] for row in rows if row["solver"] not in SOLVERS)
     solvers = SOLVERS | {solver: (None, ".", solver) for solver in others}
+    residuals = [float(row["residual"]) for row in rows]
+    common = 0.5 * min(residuals), 2 * max(residuals)
+    handles = {}
     figure, axes = panels(len(environments))
     for axis, env_id in zip(axes, environments):
         for solver, (colour, marker, name) in solvers.items():
@@ -312,20 +362,25 @@ def draw_solvers(rows: list[dict]) -> Figure:
                     marker=marker,
                     markersize=5,
                     linewidth=1,
-                    label=name if hessian == "gauss-newton" else None,
                 )
                 line.set_markerfacecolor(line.get_color() if hessian == "gauss-newton" else "white")
+                handles.setdefault(name, line)
+                for row in chosen:
+                    if (solver, hessian, row["products"]) == DEFAULT_SOLVE:
+                        default = float(row["ms"]), float(row["residual"])
+                        axis.plot(*default, "o", markersize=13, color=colour, markerfacecolor="none")
+        axis.axhline(0.01, color="grey", linewidth=0.8)
         axis.set(title=env_id, xlabel="ms per solve", xscale="log", yscale="log")
         axis.set_xticks([0.5, 1, 2, 5, 10, 20], labels=["0.5", "1", "2", "5", "10", "20"])
+        axis.set_ylim(*common)
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("‖(H + ρI)x − v‖ / ‖v‖")
-    axes[0].legend(
-        fontsize=6.5,
-        frameon=False,
-        title="filled: Gauss–Newton products\nhollow, dotted: full Hessian",
-        title_fontsize=6.5,
-    )
     figure.tight_layout()
+    grey = dict(color="grey", marker="o")
+    handles["filled: Gauss–Newton products"] = Line2D([], [], **grey)
+    handles["hollow: full Hessian"] = Line2D([], [], linestyle=":", markerfacecolor="white", **grey)
+    handles["line: residual of 1 %"] = Line2D([], [], color="grey", linewidth=0.8)
+    place_legend(figure, handles)
     return figure
 
 

@@ -5,7 +5,7 @@ Every measure is a dictionary by (env_id, exp_name) of arrays (seeds,), larger i
     AUC, AUC25    mean of return_100 over 1,000 evenly spaced steps from 0 to the end of the budget, or to a
                   quarter of it. Until the first episode has ended it counts as its first value
     steps         minus the steps until return_100 is half way from where runs begin to the final mean of
-                  "PPO, matched"; minus infinity where it never is
+                  the PPO that is the reference (see tables.py); minus infinity where it never is
     final         return_100 at the end
 
 A run's budget is what its step sizes are annealed over: a run that ends early has no AUC and no final return.
@@ -30,8 +30,8 @@ if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools.results import grouped, label, load_results, method_order, run_order, starting_returns
-from tools.tables import Estimate, beats, chance_of_improvement, environments_with_scale, estimate, iqm
-from tools.tables import markdown, normalised
+from tools.tables import Estimate, beats, chance_of_improvement, environments_with_scale
+from tools.tables import iqm_difference, markdown, reference
 
 POINTS = 1000
 DRAWS = 100_000  # of a permutation test
@@ -94,8 +94,8 @@ def measures(summary: list[dict], curves) -> dict[str, dict]:
             continue
         found["AUC"][group] = [area(curve, budget(row)) for row, curve in pairs]
         found["final"][group] = finals[group]
-        if (env_id, "ppo-matched") in finals:
-            level = (start[env_id] + finals[env_id, "ppo-matched"].mean()) / 2
+        if (env_id, reference(finals)) in finals:
+            level = (start[env_id] + finals[env_id, reference(finals)].mean()) / 2
             found["steps"][group] = [-steps_to(curve, level) for curve in runs]
     for name, groups in found.items():
         arrays = {group: np.array(values, dtype=float) for group, values in groups.items()}
@@ -107,19 +107,6 @@ def shared_environments(values, *methods: str) -> tuple[str, ...]:
     """Those with at least two seeds of every one of the methods."""
     there = dict.fromkeys(env_id for env_id, _ in values)
     return tuple(env for env in there if all(len(values.get((env, name), ())) > 1 for name in methods))
-
-
-def iqm_difference(values, start, first: str, second: str, environments) -> Estimate:
-    """Interquartile mean of the first method's runs minus that of the second's, both normalised."""
-    used = {}
-    for env_id in environments:
-        used |= normalised(values, first, [env_id], start) | normalised(values, second, [env_id], start)
-
-    def statistic(drawn):
-        means = [iqm(drawn[env_id, name] for env_id in environments) for name in (first, second)]
-        return means[0] - means[1]
-
-    return estimate(used, statistic)
 
 
 def permutation_p(values, first: str, second: str, environments, draws: int = DRAWS) -> float:
@@ -163,31 +150,43 @@ def compare(values, start, method: str) -> Comparison | None:
         return None
     difference = None
     if start and set(environments) <= environments_with_scale(values, start):
-        difference = iqm_difference(values, start, "blpo", method, environments)
+        difference = iqm_difference(values, method, environments, start)
     p = permutation_p(values, "blpo", method, environments)
     return Comparison(len(environments), chance_of_improvement(values, method, environments), p, difference)
 
 
-def table(summary: list[dict], curves) -> str:
-    """Markdown: BLPO against every other method by every measure, with a line on what is left out; empty
-    where there is nothing to compare."""
+def comparisons(summary: list[dict], curves) -> dict[str, dict[str, Comparison]]:
+    """BLPO against every other method that can be compared, by measure and method."""
     start = starting_returns(curves)
-    rows = []
-    found = measures(summary, curves)
-    for name, values in found.items():
+    found = {}
+    for name, values in measures(summary, curves).items():
         scale = None if name == "steps" else start  # steps may be infinite
-        for method in sorted({method for _, method in values} - {"blpo"}, key=method_order):
-            if compared := compare(values, scale, method):
-                who = f"{label(method)} ({compared.environments})"
-                cells = [compared.chance, f"{compared.p:.2g}", compared.difference or ""]
-                rows.append([MEASURES[name], who, *cells])
+        methods = sorted({method for _, method in values} - {"blpo"}, key=method_order)
+        compared = {method: compare(values, scale, method) for method in methods}
+        found[name] = {method: comparison for method, comparison in compared.items() if comparison}
+    return {name: compared for name, compared in found.items() if compared}
+
+
+def table(compared: dict[str, dict[str, Comparison]]) -> str:
+    """Markdown of what `comparisons` returned; empty if that is empty."""
+    rows = []
+    for measure, methods in compared.items():
+        for method, found in methods.items():
+            who = f"{label(method)} ({found.environments})"
+            rows.append([MEASURES[measure], who, found.chance, f"{found.p:.2g}", found.difference or ""])
     if not rows:
         return ""
     head = ["measure", "BLPO against (environments)", "P(BLPO better)", "permutation p", "difference of IQMs"]
-    there = found.get("AUC25", {})
+    return markdown(head, rows)
+
+
+def without_area(summary: list[dict], curves) -> str:
+    """A line that names the groups that have no area; empty if there are none."""
+    there = measures(summary, curves).get("AUC25", {})
     missing = [f"{env_id} {label(method)}" for env_id, method in curves if (env_id, method) not in there]
-    note = "\n\nno area, since a run has no episode so early or ends before: " + ", ".join(missing)
-    return markdown(head, rows) + (note if missing else "")
+    if not missing:
+        return ""
+    return "no area, since a run has no episode so early or ends before: " + ", ".join(missing)
 
 
 @dataclass

@@ -63,11 +63,11 @@ def deep_runs(results_dir: Path, figures_dir: Path) -> str:
         finals = results.grouped(summary)
         parts = [preferences.table(summary, finals), preferences.against_drlhf(summary, finals)]
         return "\n\n".join(part for part in parts if part)
-    aggregates = tables.aggregate(summary, results.starting_returns(curves))
+    compared = learning.comparisons(summary, curves)
 
     drawn = figures.curve_figures(curves)
-    if aggregates:
-        drawn["aggregate"] = figures.draw_aggregate(aggregates)
+    if compared:
+        drawn["aggregate"] = figures.draw_aggregate(compared)
     if (results_dir / "speed.csv").exists():
         drawn["runtime"] = figures.draw_runtime(results.read_csv(results_dir / "speed.csv"))
     if (results_dir / "solvers.csv").exists():
@@ -77,7 +77,7 @@ def deep_runs(results_dir: Path, figures_dir: Path) -> str:
         drawn["gate"] = figures.draw_gate(*gate)
     for name, figure in drawn.items():
         figures.save(figure, figures_dir, name)
-    parts = [tables.all_tables(summary, aggregates), learning.table(summary, curves)]
+    parts = [tables.all_tables(summary), learning.table(compared), learning.without_area(summary, curves)]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -30,6 +30,7 @@ STYLES = {
     "mean-c": ("#E69F00", (0, (3, 1)), "BLPO, mean c"),
     "nested": ("#009E73", ":", "nesting only"),
     "nested-clip0.5": ("#66C2A4", (0, (1, 1)), "nesting only, clip 0.5"),
+    "ppo-tuned": ("#000000", "-.", "PPO, tuned"),
     "ppo-matched": ("#000000", (0, (5, 1)), "PPO, matched"),
     "ppo-matched-clip0.5": ("#777777", (0, (5, 3)), "PPO, matched, clip 0.5"),
     "ppo": ("#D55E00", (0, (1, 2)), "PPO, CleanRL's flags"),

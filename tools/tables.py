@@ -2,7 +2,8 @@
 
 Seeds are the unit. Intervals are 95 %: Student's t for the mean of a cell, Welch's for differences of means,
 bootstrap over seeds for aggregates. Aggregates normalise a return by the environment: 0 is where runs begin,
-1 is the final mean of "PPO, matched". IQM is the mean of the middle half; P(BLPO > x) counts pairs of runs.
+1 is the final mean of the reference, a PPO. IQM is the mean of the middle half; P(BLPO > x) counts pairs of
+runs.
 
 A summary is the list of the lines of summary.csv (see results.py); `finals` are its final returns by (env_id,
 exp_name), each of shape (seeds,), as `results.grouped` returns them.
@@ -10,7 +11,6 @@ exp_name), each of shape (seeds,), as `results.grouped` returns them.
 
 import warnings
 from collections import defaultdict
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,10 @@ import scipy.stats
 
 from tools.results import grouped, label, method_order
 
-OVERVIEW_METHODS = ("ppo", "ppo-matched", "nested", "blpo")
+OVERVIEW_METHODS = ("ppo", "ppo-tuned", "ppo-matched", "nested", "mean-c", "blpo")
+
+# The PPO that is the scale of aggregates and has a column of its own beside BLPO: the first that is there
+REFERENCES = ("ppo-tuned", "ppo-matched")
 
 
 class Estimate(NamedTuple):
@@ -30,20 +33,6 @@ class Estimate(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
-
-
-@dataclass
-class Aggregate:
-    """A method over several environments; the fields of a comparison with BLPO are None for BLPO itself."""
-
-    environments: tuple[str, ...]
-    """those that have at least two seeds each of the method, of BLPO and of PPO, matched"""
-    iqm: Estimate
-    """interquartile mean of the method's normalised returns"""
-    blpo: Estimate | None = None
-    """BLPO's interquartile mean on the same environments"""
-    chance: Estimate | None = None
-    """P(BLPO > method), mean over the environments"""
 
 
 # Statistics
@@ -78,21 +67,27 @@ def estimate(finals, statistic) -> Estimate:
     return Estimate(float(statistic(finals)), *bootstrap(finals, statistic))
 
 
+def reference(finals) -> str:
+    """The exp_name of the method of REFERENCES that finals, or anything else by (env_id, exp_name), has."""
+    there = {method for _, method in finals}
+    return next((method for method in REFERENCES if method in there), REFERENCES[-1])
+
+
 def environments_with_scale(finals, start) -> set[str]:
-    """Those in which "PPO, matched" learns, by the mean of at least two runs: without it there is no scale
+    """Those in which the reference learns, by the mean of at least two runs: without it there is no scale
     for the others."""
-    ppo = {env_id: returns for (env_id, name), returns in finals.items() if name == "ppo-matched"}
+    ppo = {env_id: returns for (env_id, name), returns in finals.items() if name == reference(finals)}
     return {env_id for env_id, returns in ppo.items() if len(returns) > 1 and returns.mean() > start[env_id]}
 
 
 def normalised(finals, method: str, environments, start) -> dict:
     """A method's part of finals on the scale on which 0 is where the runs of an environment begin and 1 is
-    the mean of "PPO, matched".
+    the mean of the reference.
 
-    start: return where runs begin, by environment. KeyError if an environment lacks it, the method or
-    "ppo-matched".
+    start: return where runs begin, by environment. KeyError if an environment lacks it, the method or the
+    reference.
     """
-    unit = {env_id: finals[env_id, "ppo-matched"].mean() - start[env_id] for env_id in environments}
+    unit = {env_id: finals[env_id, reference(finals)].mean() - start[env_id] for env_id in environments}
     return {(env, method): (finals[env, method] - start[env]) / unit[env] for env in environments}
 
 
@@ -101,9 +96,18 @@ def iqm(returns) -> float:
     return float(scipy.stats.trim_mean(np.concatenate(list(returns)), 0.25))
 
 
-def normalised_iqm(finals, method: str, environments, start) -> Estimate:
-    """Interquartile mean of a method's normalised returns, all runs on the environments taken together."""
-    return estimate(normalised(finals, method, environments, start), lambda drawn: iqm(drawn.values()))
+def iqm_difference(finals, method: str, environments, start) -> Estimate:
+    """Interquartile mean of BLPO's runs minus that of the method's, both normalised, all environments taken
+    together."""
+    used = {}
+    for name in ("blpo", method):
+        used |= normalised(finals, name, environments, start)
+
+    def statistic(drawn):
+        means = [iqm(drawn[env_id, name] for env_id in environments) for name in ("blpo", method)]
+        return means[0] - means[1]
+
+    return estimate(used, statistic)
 
 
 def chance_of_improvement(finals, method: str, environments) -> Estimate:
@@ -118,41 +122,6 @@ def chance_of_improvement(finals, method: str, environments) -> Estimate:
         if env_id in environments and name in (method, "blpo")
     }
     return estimate(used, statistic)
-
-
-def aggregate(summary, start: dict[str, float]) -> dict[str, Aggregate]:
-    """An Aggregate per method, in the order of tables.
-
-    A group with a single seed has no interval and does not count.
-    start: return where runs begin, by environment, as from `results.starting_returns`; KeyError if one is
-    missing. Where BLPO has several environments, a method that shares only one of them is left out: that is
-    no aggregate.
-    """
-    finals = {name: returns for name, returns in grouped(summary).items() if len(returns) > 1}
-    scaled = environments_with_scale(finals, start)
-    least = min(2, sum(method == "blpo" for _, method in finals))
-    blpo_iqm = {}  # by environments: many methods share theirs, and a bootstrap takes a while
-    result = {}
-    for method in sorted({method for _, method in finals}, key=method_order):
-        environments = tuple(
-            env_id
-            for env_id, name in finals
-            if name == method and (env_id, "blpo") in finals and env_id in scaled
-        )
-        if not environments or len(environments) < least:
-            continue
-        if environments not in blpo_iqm:
-            blpo_iqm[environments] = normalised_iqm(finals, "blpo", environments, start)
-        if method == "blpo":
-            result[method] = Aggregate(environments, iqm=blpo_iqm[environments])
-        else:
-            result[method] = Aggregate(
-                environments,
-                iqm=normalised_iqm(finals, method, environments, start),
-                blpo=blpo_iqm[environments],
-                chance=chance_of_improvement(finals, method, environments),
-            )
-    return result
 
 
 # Text
@@ -200,25 +169,26 @@ def ahead_cells(blpo, other, decimals: int) -> tuple[str, str]:
 
 
 def overview(summary) -> str:
-    """Markdown: a line per environment that has BLPO and "PPO, matched"; empty if there is none."""
+    """Markdown: a line per environment that has BLPO and the reference; empty if there is none."""
     finals = grouped(summary)
+    ppo = reference(finals)
     present = {method for _, method in finals}
     methods = [method for method in OVERVIEW_METHODS if method in present]
     rows = []
     for env_id in dict.fromkeys(env_id for env_id, _ in finals):
-        if (env_id, "blpo") not in finals or (env_id, "ppo-matched") not in finals:
+        if (env_id, "blpo") not in finals or (env_id, ppo) not in finals:
             continue
         decimals = decimals_for(finals, env_id)
         means = [
             mean_cell(finals[env_id, method], decimals) if (env_id, method) in finals else ""
             for method in methods
         ]
-        ahead = ahead_cells(finals[env_id, "blpo"], finals[env_id, "ppo-matched"], decimals)
+        ahead = ahead_cells(finals[env_id, "blpo"], finals[env_id, ppo], decimals)
         rows.append([env_id, *means, *ahead])
     if not rows:
         return ""
     titles = [label(method) for method in methods]
-    return markdown(["environment", *titles, "BLPO minus PPO, matched", "P(BLPO > PPO)"], rows)
+    return markdown(["environment", *titles, f"BLPO minus {label(ppo)}", "P(BLPO > PPO)"], rows)
 
 
 def table(summary) -> str:
@@ -262,24 +232,7 @@ def fewer_seeds(summary) -> str:
     return f"fewer seeds than others: {', '.join(few)}" if few else ""
 
 
-def aggregate_table(result: dict[str, Aggregate]) -> str:
-    """Markdown: a line per method of what `aggregate` returned; empty if that is empty."""
-    if not result:
-        return ""
-    rows = []
-    for method, values in result.items():
-        comparison = [values.blpo or "", values.chance or ""]
-        rows.append([f"{label(method)} ({len(values.environments)})", values.iqm, *comparison])
-    head = [
-        "over the environments that have all of BLPO, PPO matched and the method",
-        "IQM of normalised returns",
-        "BLPO's there",
-        "P(BLPO > this)",
-    ]
-    return markdown(head, rows)
-
-
-def all_tables(summary, result: dict[str, Aggregate]) -> str:
-    """All tables of the deep runs, with an empty line between them. result: as from `aggregate`."""
-    parts = [overview(summary), table(summary), fewer_seeds(summary), aggregate_table(result)]
+def all_tables(summary) -> str:
+    """The tables of returns, with an empty line between them."""
+    parts = [overview(summary), table(summary), fewer_seeds(summary)]
     return "\n\n".join(part for part in parts if part)
