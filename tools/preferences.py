@@ -70,18 +70,22 @@ def draw(curves) -> Figure:
     return figure
 
 
+def column_of(summary, group, name: str) -> np.ndarray:
+    """A column's numbers over the runs of a group that finished an episode, NaN where one has none."""
+    runs = [row for row in summary if (row["env_id"], row["exp_name"]) == group]
+    return np.array([float(row.get(name) or "nan") for row in runs if np.isfinite(float(row["return_100"]))])
+
+
 def table(summary, finals) -> str:
     """Markdown: a line per environment and method. finals: as from results.grouped."""
     rows = []
     for (env_id, method), returns in finals.items():
-        runs = [row for row in summary if (row["env_id"], row["exp_name"]) == (env_id, method)]
-        runs = [row for row in runs if np.isfinite(float(row["return_100"]))]
         decimals = decimals_for(finals, env_id)
-        evaluated = np.array([float(row["eval_return"]) for row in runs])
+        evaluated = column_of(summary, (env_id, method), "eval_return")
         cells = [mean_cell(returns, decimals), mean_cell(evaluated, decimals)]
         cells.append(number(np.median(evaluated), decimals))
         for column in ("accuracy_replay", "accuracy_fresh", "reward_correlation"):
-            known = np.array([float(row.get(column) or "nan") for row in runs])
+            known = column_of(summary, (env_id, method), column)
             known = known[np.isfinite(known)]
             cells.append(f"{np.mean(known):.2f}" if len(known) else "")
         rows.append([env_id.removeprefix("tools.tasks-"), label(method), len(returns), *cells])
@@ -94,10 +98,7 @@ def table(summary, finals) -> str:
 def against_drlhf(summary, finals) -> str:
     """Markdown: for every other method that learns a reward Welch's 95 % interval of the mean deterministic
     evaluation minus that of DRLHF, and P(method > DRLHF); empty where no environment has two runs of both."""
-    evaluations = {}
-    for group in finals:
-        runs = [row for row in summary if (row["env_id"], row["exp_name"]) == group]
-        evaluations[group] = np.array([float(row["eval_return"]) for row in runs])
+    evaluations = {group: column_of(summary, group, "eval_return") for group in finals}
     rows = []
     for (env_id, method), values in evaluations.items():
         base = evaluations.get((env_id, "drlhf"), np.array([]))
