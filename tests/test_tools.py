@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from tools import figures, learning, plot, results, tables, tabular
+from moviepy import ImageSequenceClip
+from PIL import Image
+
+from tools import figures, film, learning, plot, results, tables, tabular
 
 ROOT = Path(__file__).parent.parent
 VERSIONS = {"python": "3.11.7", "torch": "2.13.0", "gymnasium": "1.4.0", "git_commit": "0123abc"}
@@ -1177,3 +1180,51 @@ def test_cut_episodes_of_an_evaluation_are_named(tmp_path, capsys):
     (folder / "evaluation.csv").write_text("return,length,cut\n1.0,5,0\n2.0,9,1\n")
     results.export(tmp_path / "runs", tmp_path / "results")
     assert f"1 of 2 episodes of the evaluation were cut: {folder.name}" in capsys.readouterr().out
+
+
+# The film
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    """Two seconds of 20 frames each, 64 x 32 pixels, black at first, red after a second."""
+    path = tmp_path_factory.mktemp("film") / "a b.mp4"
+    pictures = np.zeros((40, 32, 64, 3), np.uint8)
+    pictures[20:, :, :, 0] = 255
+    ImageSequenceClip(list(pictures), fps=20).write_videofile(str(path), logger=None)
+    return path
+
+
+def test_a_film_is_cut_from_a_video(video, tmp_path):
+    gif = tmp_path / "film.gif"
+    film.main([str(video), str(gif), "--begin", "0.5", "--seconds", "1", "--width", "16", "--fps", "10"])
+    with Image.open(gif) as found:
+        assert found.size == (16, 8) and found.info["loop"] == 0
+        seconds, red = 0, []
+        for i in range(found.n_frames):
+            found.seek(i)
+            seconds += found.info["duration"] / 1000
+            red.append(np.asarray(found.convert("RGB"))[..., 0].mean())
+    assert seconds == pytest.approx(1)  # frames that are equal are stored as one
+    assert red[0] < 40 and red[-1] > 200
+
+
+@pytest.mark.parametrize(
+    "flags, line",
+    [
+        (["--begin", "2.5"], "--begin 2.5 is not before the end"),
+        (["--fps", "0"], "--fps must be"),
+        (["--seconds", "-1"], "--seconds must be"),
+    ],
+)
+def test_a_film_that_cannot_be_cut(video, tmp_path, capsys, flags, line):
+    with pytest.raises(SystemExit) as ended:
+        film.main([str(video), str(tmp_path / "film.gif"), *flags])
+    assert ended.value.code == 2 and not list(tmp_path.iterdir())
+    assert line in (error := capsys.readouterr().err) and error.count("\n") == 1
+
+
+def test_a_film_of_no_video(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        film.main([str(tmp_path / "none.mp4"), str(tmp_path / "film.gif")])
+    assert ended.value.code == 2 and capsys.readouterr().err.endswith("none.mp4 is no file\n")

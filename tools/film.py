@@ -1,0 +1,66 @@
+"""A film of a page, a small GIF, from a video of a policy.
+
+    python blpo_continuous.py --evaluate RUN --capture-video
+    python tools/film.py RUN/videos/NAME.mp4 figures/walker.gif
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from moviepy import VideoFileClip
+from PIL import Image  # which matplotlib and moviepy need, too
+
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from support.flags import fail
+
+
+@dataclass
+class Args:
+    video: tyro.conf.Positional[str]
+    """the mp4 file"""
+    gif: tyro.conf.Positional[str]
+    """the file to write"""
+    begin: float = 1.0
+    """seconds of the video that are left out"""
+    seconds: float = 3.0
+    """length of the film, or what the video has left"""
+    width: int = 240
+    """pixels; the height follows"""
+    fps: int = 20
+    """frames a second"""
+
+
+def frames(args: Args) -> list[Image.Image]:
+    """Frames of the film, of the same 64 colours."""
+    with VideoFileClip(args.video, audio=False) as video:
+        end = min(args.begin + args.seconds, video.duration)
+        pictures = [Image.fromarray(video.get_frame(time)) for time in np.arange(args.begin, end, 1 / args.fps)]
+    if not pictures:
+        fail(f"--begin {args.begin:g} is not before the end of {args.video}, {video.duration:g} s")
+    size = args.width, args.width * pictures[0].height // pictures[0].width
+    small = [picture.resize(size) for picture in pictures]
+    palette = Image.fromarray(np.concatenate(small)).quantize(64)
+    return [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in small]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    args = tyro.cli(Args, args=argv, description=__doc__)
+    for name in ("seconds", "width", "fps"):
+        if not getattr(args, name) > 0:
+            fail(f"--{name} must be above 0, got {getattr(args, name):g}")
+    if not args.begin >= 0:
+        fail(f"--begin must be at least 0, got {args.begin:g}")
+    if not Path(args.video).is_file():
+        fail(f"{args.video} is no file")
+    first, *others = frames(args)
+    first.save(args.gif, "GIF", save_all=True, append_images=others, duration=1000 // args.fps, loop=0)
+
+
+if __name__ == "__main__":
+    main()
