@@ -253,8 +253,8 @@ def make_batch(rollout, actor: Actor, critic: Critic, args: Args) -> tuple[Batch
 def minibatches(batch: Batch, args: Args, passes: int = 1):
     """Those of some passes over a batch, each in another order of its steps."""
     for _ in range(passes):
-        for rows in torch.randperm(len(batch.obs)).chunk(args.num_minibatches):
-            yield Batch(*(x[rows] for x in batch))
+        rows = torch.randperm(len(batch.obs)).view(args.num_minibatches, -1)
+        yield from map(Batch, *(x[rows] for x in batch))
 
 
 # Losses, and their derivatives with respect to V or log pi
