@@ -44,6 +44,8 @@ class Args(RunFlags):
     """steps of each environment per rollout, T"""
     num_minibatches: Count = 4
     """minibatches per epoch: must divide num_envs * num_steps"""
+    trajectory_minibatches: bool = False
+    """minibatches of neighbouring steps of an environment instead of steps drawn at random"""
     update_epochs: Count = 4
     """passes over a rollout"""
     actor_lr: UnitStep = 2.5e-4
@@ -220,8 +222,10 @@ def make_batch(rollout, actor: Actor, critic: Critic, args: Args) -> tuple[Batch
 
 def minibatches(batch: Batch, args: Args, passes: int = 1):
     """Those of some passes over a batch, each in another order of its steps."""
+    together = len(batch.obs) // args.num_minibatches if args.trajectory_minibatches else 1
+    groups = torch.arange(len(batch.obs)).view(-1, together)  # of neighbours
     for _ in range(passes):
-        rows = torch.randperm(len(batch.obs)).view(args.num_minibatches, -1)
+        rows = groups[torch.randperm(len(groups))].view(args.num_minibatches, -1)
         yield from map(Batch, *(x[rows] for x in batch))
 
 

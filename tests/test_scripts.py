@@ -436,6 +436,7 @@ def test_every_ppo_flag_changes_the_update(tmp_path):
         ["--no-clip-vloss"],
         ["--vf-coef", "2"],
         ["--no-joint-grad-clip"],
+        ["--trajectory-minibatches"],
     ]
     found = [weights(*flags) for flags in variants]
     for i, one in enumerate(found):

@@ -41,8 +41,10 @@ class Trajectories:
 
 def minibatches_of(permutation, args):
     """Lists of (n, t), the steps of each minibatch of a pass."""
-    assert sorted(permutation.tolist()) == list(range(N * T))
     size = N * T // args.num_minibatches
+    if getattr(args, "trajectory_minibatches", False):  # neighbours; it is the minibatches that are drawn
+        permutation = torch.cat([torch.arange(i * size, (i + 1) * size) for i in permutation.tolist()])
+    assert sorted(permutation.tolist()) == list(range(N * T))
     for start in range(0, N * T, size):
         yield [divmod(k, T) for k in permutation[start : start + size].tolist()]
 
@@ -201,10 +203,11 @@ class PPOReference(Reference):
     [
         ["--max-grad-norm", 0.5],
         ["--no-clip-vloss", "--vf-coef", 2, "--no-joint-grad-clip"],
+        ["--trajectory-minibatches", "--num-minibatches", 4],
         ["--ent-coef", 0.1, "--no-norm-adv", "--no-anneal-lr"],
         ["--clip-coef", 0.05, "--max-grad-norm", 0.3, "--vf-coef", 1.5, "--ent-coef", 0],
     ],
-    ids=["default", "matched", "entropy", "ranges"],
+    ids=["default", "matched", "trajectories", "entropy", "ranges"],
 )
 @pytest.mark.parametrize("script", PPO)
 def test_ppo_updates_are_those_of_cleanrl(script, flags, tmp_path):
@@ -426,7 +429,7 @@ def assert_all_matters(met):
 FEW = ["--num-envs", 4, "--num-steps", 32, "--num-minibatches", 4, "--update-epochs", 2, "--hidden-size", 5]
 FEW += ["--total-timesteps", 512, "--eval-episodes", 0, "--norm-obs", "--norm-reward", "--ent-coef", 0.01]
 RELEASED = ["--hypergradient", "released", "--nystrom-sketch", "columns", "--hessian", "full"]
-PPO_MODES = [[], ["--no-clip-vloss", "--no-joint-grad-clip"]]
+PPO_MODES = [[], ["--trajectory-minibatches", "--no-clip-vloss", "--no-joint-grad-clip"]]
 BLPO_MODES = [[], RELEASED, ["--ihvp", "cg"], ["--ihvp", "pcg", "--nystrom-sketch", "gaussian"]]
 BLPO_MODES += [["--hypergradient", "mean-c"], ["--ihvp", "none"]]
 MODES = [(script, flags) for script in PPO for flags in PPO_MODES]

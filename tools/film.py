@@ -39,7 +39,8 @@ def frames(args: Args) -> list[Image.Image]:
     """Frames of the film, of the same 64 colours."""
     with VideoFileClip(args.video, audio=False) as video:
         end = min(args.begin + args.seconds, video.duration)
-        pictures = [Image.fromarray(video.get_frame(time)) for time in np.arange(args.begin, end, 1 / args.fps)]
+        times = np.arange(args.begin, end, 1 / args.fps)
+        pictures = [Image.fromarray(video.get_frame(time)) for time in times]
     if not pictures:
         fail(f"--begin {args.begin:g} is not before the end of {args.video}, {video.duration:g} s")
     size = args.width, args.width * pictures[0].height // pictures[0].width
