@@ -67,7 +67,7 @@ sys.exit(not (f("gymnasium") and f("torch")))'
 
     words envs "${ENVS-Walker2d-v4 Hopper-v4 CartPole-v1 Acrobot-v1}"
     words seeds "${SEEDS-1 2 3 4 5}"
-    words methods "${METHODS-ppo-matched nested blpo}"
+    words methods "${METHODS-ppo-tuned nested blpo}"
     words extra_flags "$FLAGS"
     ((${#envs[@]})) || fail "ENVS must name an environment"
     ((${#seeds[@]})) || fail "SEEDS must name a seed"
@@ -82,13 +82,15 @@ sys.exit(not (f("gymnasium") and f("torch")))'
 }
 
 method_command() { # sets script and method_flags for method $1 and $2 (continuous or discrete) actions
-    # BLPO's losses and step sizes; its rollouts, minibatches and clip range where PPO's own are others, with
-    # continuous actions.
-    local matched=(--critic-lr 1e-3 --no-clip-vloss --vf-coef 2 --no-joint-grad-clip)
-    local matched_rollouts=(--num-envs 8 --num-steps 256 --num-minibatches 16)
-    matched_rollouts+=(--update-epochs 5 --actor-lr 6e-4 --clip-coef 0.3)
-    local unknown="METHODS knows ppo, ppo-matched, nested, mean-c, blpo, blpo-released, blpo-cg, blpo-pcg,"
-    unknown+=" and sac, drlhf, sobirl, sobirl-unbounded, sobirl-four, sobirl-authors, hpgd, pbrl, random"
+    # BLPO's losses and critic; with continuous actions its rollouts, too, and its minibatches (matched) or
+    # what the same search found best for PPO (tuned; docs/results.md, B).
+    local losses=(--critic-lr 1e-3 --no-clip-vloss --vf-coef 2 --no-joint-grad-clip)
+    local rollouts=(--num-envs 8 --num-steps 256 --actor-lr 6e-4)
+    local matched=(--num-minibatches 16 --update-epochs 10 --clip-coef 0.2)
+    local tuned=(--num-minibatches 8 --trajectory-minibatches --update-epochs 5 --clip-coef 0.5)
+    local unknown="METHODS knows ppo, ppo-matched, ppo-tuned, nested, nested-tuned, mean-c, blpo"
+    unknown+=", blpo-released, blpo-cg, blpo-pcg"
+    unknown+=", and sac, drlhf, sobirl, sobirl-unbounded, sobirl-four, sobirl-authors, hpgd, pbrl, random"
     unknown+=", not $1"
     script=blpo_$2.py
     method_flags=()
@@ -97,11 +99,21 @@ method_command() { # sets script and method_flags for method $1 and $2 (continuo
         blpo-released | mean-c) method_flags=(--hypergradient "${1#blpo-}") ;;
         blpo-cg | blpo-pcg) method_flags=(--ihvp "${1#blpo-}") ;;
         nested) method_flags=(--ihvp none) ;;
+        nested-tuned)
+            method_flags=(--ihvp none)
+            [[ $2 == discrete ]] || method_flags+=(--num-minibatches 32 --nested-critic-steps 1)
+            [[ $2 == discrete ]] || method_flags+=(--update-epochs 5 --actor-lr 3e-4 --clip-coef 0.3)
+            ;;
         ppo) script=ppo_$2.py ;; # CleanRL's details and flags
         ppo-matched)
             script=ppo_$2.py
-            method_flags=("${matched[@]}")
-            [[ $2 == discrete ]] || method_flags+=("${matched_rollouts[@]}")
+            method_flags=("${losses[@]}")
+            [[ $2 == discrete ]] || method_flags+=("${rollouts[@]}" "${matched[@]}")
+            ;;
+        ppo-tuned)
+            script=ppo_$2.py
+            method_flags=("${losses[@]}")
+            [[ $2 == discrete ]] || method_flags+=("${rollouts[@]}" "${tuned[@]}")
             ;;
         sac | drlhf | sobirl | hpgd | pbrl | random)
             script=sobirl_$2.py

@@ -57,7 +57,7 @@ class Args(RunFlags):
     """steps of each environment per rollout, T"""
     num_minibatches: Count = 16
     """minibatches per epoch: must divide num_envs * num_steps"""
-    update_epochs: Count = 5
+    update_epochs: Count = 10
     """passes over a rollout"""
     actor_lr: UnitStep = 6e-4
     """Adam step size of the actor"""
@@ -77,7 +77,7 @@ class Args(RunFlags):
     """divide rewards by the running standard deviation of the discounted return"""
     norm_adv: bool = True
     """normalise advantages per minibatch"""
-    clip_coef: UpTo1000 = 0.3
+    clip_coef: UpTo1000 = 0.2
     """clip range of the probability ratio"""
     ent_coef: NonNegative = 0.0
     """weight of the entropy bonus"""

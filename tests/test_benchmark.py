@@ -121,9 +121,12 @@ def write_run_folder(folder, *files, steps=960):
 
 # The commands
 
-MATCHED = "--critic-lr 1e-3 --no-clip-vloss --vf-coef 2 --no-joint-grad-clip"
-MATCHED_ROLLOUTS = "--num-envs 8 --num-steps 256 --num-minibatches 16 --update-epochs 5 --actor-lr 6e-4"
-MATCHED_ROLLOUTS += " --clip-coef 0.3"
+LOSSES = "--critic-lr 1e-3 --no-clip-vloss --vf-coef 2 --no-joint-grad-clip"
+MATCHED = "--num-envs 8 --num-steps 256 --actor-lr 6e-4 --num-minibatches 16 --update-epochs 10"
+MATCHED += " --clip-coef 0.2"
+TUNED = "--num-envs 8 --num-steps 256 --actor-lr 6e-4 --num-minibatches 8 --trajectory-minibatches"
+TUNED += " --update-epochs 5 --clip-coef 0.5"
+NESTED = "--num-minibatches 32 --nested-critic-steps 1 --update-epochs 5 --actor-lr 3e-4 --clip-coef 0.3"
 COMMANDS = {
     ("Pendulum-v1", "blpo"): ("blpo_continuous.py", ""),
     ("Pendulum-v1", "blpo-released"): ("blpo_continuous.py", "--hypergradient released"),
@@ -132,7 +135,9 @@ COMMANDS = {
     ("Pendulum-v1", "blpo-pcg"): ("blpo_continuous.py", "--ihvp pcg"),
     ("Pendulum-v1", "nested"): ("blpo_continuous.py", "--ihvp none"),
     ("Pendulum-v1", "ppo"): ("ppo_continuous.py", ""),
-    ("Pendulum-v1", "ppo-matched"): ("ppo_continuous.py", f"{MATCHED} {MATCHED_ROLLOUTS}"),
+    ("Pendulum-v1", "ppo-matched"): ("ppo_continuous.py", f"{LOSSES} {MATCHED}"),
+    ("Pendulum-v1", "ppo-tuned"): ("ppo_continuous.py", f"{LOSSES} {TUNED}"),
+    ("Pendulum-v1", "nested-tuned"): ("blpo_continuous.py", f"--ihvp none {NESTED}"),
     ("CartPole-v1", "blpo"): ("blpo_discrete.py", ""),
     ("CartPole-v1", "blpo-released"): ("blpo_discrete.py", "--hypergradient released"),
     ("CartPole-v1", "mean-c"): ("blpo_discrete.py", "--hypergradient mean-c"),
@@ -140,7 +145,9 @@ COMMANDS = {
     ("CartPole-v1", "blpo-pcg"): ("blpo_discrete.py", "--ihvp pcg"),
     ("CartPole-v1", "nested"): ("blpo_discrete.py", "--ihvp none"),
     ("CartPole-v1", "ppo"): ("ppo_discrete.py", ""),
-    ("CartPole-v1", "ppo-matched"): ("ppo_discrete.py", MATCHED),
+    ("CartPole-v1", "ppo-matched"): ("ppo_discrete.py", LOSSES),
+    ("CartPole-v1", "ppo-tuned"): ("ppo_discrete.py", LOSSES),
+    ("CartPole-v1", "nested-tuned"): ("blpo_discrete.py", "--ihvp none"),
 }
 LEADERS = {
     "sac": "--method sac",
@@ -189,7 +196,7 @@ def test_default_jobs(tmp_path):
     out = subprocess.check_output(command, env=os.environ | {"PYTHON": python}, cwd=tmp_path, text=True)
     found = [tuple(word.split("=")[1] for word in words[2:5]) for words in commands(out)]
     envs = ("Walker2d-v4", "Hopper-v4", "CartPole-v1", "Acrobot-v1")
-    methods = ("ppo-matched", "nested", "blpo")
+    methods = ("ppo-tuned", "nested", "blpo")
     assert found == [(env, method, seed) for seed in "12345" for env in envs for method in methods]
     assert {words[6] for words in commands(out)} == {"--runs-dir=runs"}
 

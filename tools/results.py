@@ -29,6 +29,7 @@ STYLES = {
     "blpo-pcg": ("#888888", (0, (3, 1, 1, 1, 1, 1)), "BLPO with preconditioned CG"),
     "mean-c": ("#E69F00", (0, (3, 1)), "BLPO, mean c"),
     "nested": ("#009E73", ":", "nesting only"),
+    "nested-tuned": ("#117755", "-.", "nesting only, tuned"),
     "nested-clip0.5": ("#66C2A4", (0, (1, 1)), "nesting only, clip 0.5"),
     "ppo-tuned": ("#000000", "-.", "PPO, tuned"),
     "ppo-matched": ("#000000", (0, (5, 1)), "PPO, matched"),
