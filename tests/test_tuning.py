@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 
+import blpo_continuous
 from tests.test_scripts import ROOT
 from tools import results, tuning
 from tools.tuning import ENVIRONMENTS, FACTORS, METHODS, configurations
@@ -60,16 +61,37 @@ def test_scores_by_hand(tmp_path):
 
 
 def test_what_the_page_shows_is_what_was_found():
-    """Of the best configurations of stage 2 and the levels of stage 1."""
-    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").split("## B. ")[1].split("## E. ")[0]
+    """Of stage 3, the best configurations of stages 1 and 2, and the levels of stage 1."""
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").split("## B. ")[1].split("## C. ")[0]
     shown = {line for line in text.splitlines() if line.startswith("| ")}
     csv = ROOT / "results" / "tuning.csv"
     both = tuning.table(tuning.Args(action="table", csv=csv)).splitlines()
     levels = tuning.factors(tuning.Args(action="factors", csv=csv, seeds=(101,))).splitlines()
-    assert shown <= {*both, *levels} and {line for line in levels if line.startswith("| ")} <= shown
+    whole = tuning.table(tuning.Args(action="table", csv=csv, steps=1_000_000)).splitlines()
+    assert len(whole) == 2 + 9 and set(whole) - {whole[1]} <= shown
+    assert shown <= {*both, *levels, *whole} and {line for line in levels if line.startswith("| ")} <= shown
     for method in METHODS:
         best = [line for line in both if line.startswith(f"| {method} ")][:3]
         assert set(best) <= shown
+
+
+def test_what_the_readme_says_of_the_search():
+    """The scores of the three tuned configurations, and what the defaults reached."""
+    args = tuning.Args(action="table", csv=ROOT / "results" / "tuning.csv", steps=1_000_000)
+    means = tuning.means_of(args)
+    found = tuning.scores(means)
+    best = {}
+    for name in found:  # best first
+        best.setdefault(name[0], name)
+    assert best == {"ppo": ("ppo", 3), "nested": ("nested", 9), "blpo": ("blpo", 7)}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "{:.2f}, {:.2f} and {:.2f}".format(*(found[best[method]] for method in METHODS)) in readme
+    reached = [f"{means[best['blpo']][env_id]:,.0f} on {env_id}" for env_id in ENVIRONMENTS]
+    assert f"{reached[0]}, {reached[1]} and {reached[2]}" in readme
+    defaults, chosen = blpo_continuous.Args(), configurations()[7]
+    assert 2048 // defaults.num_minibatches == chosen.minibatch and chosen.of == "steps"
+    given = (defaults.update_epochs, defaults.actor_lr, defaults.clip_coef, defaults.nested_critic_steps)
+    assert given == chosen[2:6]
 
 
 def test_factors(tmp_path):
