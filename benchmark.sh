@@ -92,6 +92,7 @@ method_command() { # sets script and method_flags for method $1 and $2 (continuo
     unknown+=", blpo-released, blpo-cg, blpo-pcg"
     unknown+=", and sac, drlhf, sobirl, sobirl-unbounded, sobirl-four, sobirl-authors, hpgd, pbrl, random"
     unknown+=", not $1"
+    local continuous=() # further flags, with continuous actions alone
     script=blpo_$2.py
     method_flags=()
     case $1 in
@@ -101,19 +102,19 @@ method_command() { # sets script and method_flags for method $1 and $2 (continuo
         nested) method_flags=(--ihvp none) ;;
         nested-tuned)
             method_flags=(--ihvp none)
-            [[ $2 == discrete ]] || method_flags+=(--num-minibatches 32 --nested-critic-steps 1)
-            [[ $2 == discrete ]] || method_flags+=(--update-epochs 5 --actor-lr 3e-4 --clip-coef 0.3)
+            continuous=(--num-minibatches 32 --nested-critic-steps 1 --update-epochs 5)
+            continuous+=(--actor-lr 3e-4 --clip-coef 0.3)
             ;;
         ppo) script=ppo_$2.py ;; # CleanRL's details and flags
         ppo-matched)
             script=ppo_$2.py
             method_flags=("${losses[@]}")
-            [[ $2 == discrete ]] || method_flags+=("${rollouts[@]}" "${matched[@]}")
+            continuous=("${rollouts[@]}" "${matched[@]}")
             ;;
         ppo-tuned)
             script=ppo_$2.py
             method_flags=("${losses[@]}")
-            [[ $2 == discrete ]] || method_flags+=("${rollouts[@]}" "${tuned[@]}")
+            continuous=("${rollouts[@]}" "${tuned[@]}")
             ;;
         sac | drlhf | sobirl | hpgd | pbrl | random)
             script=sobirl_$2.py
@@ -131,6 +132,7 @@ method_command() { # sets script and method_flags for method $1 and $2 (continuo
             ;;
         *) fail "$unknown" ;;
     esac
+    [[ $2 == discrete ]] || method_flags+=("${continuous[@]}")
 }
 
 # Jobs: a job is an index into the arrays job_envs, job_kinds, job_methods, job_seeds and job_names

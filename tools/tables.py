@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.stats
 
-from tools.results import grouped, label, method_order
+from tools.results import grouped, label
 
 OVERVIEW_METHODS = ("ppo", "ppo-tuned", "ppo-matched", "nested", "mean-c", "blpo")
 
