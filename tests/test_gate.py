@@ -251,7 +251,9 @@ def test_the_published_table_and_its_figure_are_those_of_the_results():
     rows, weights = rows_of(ROOT / "results" / "gate.csv"), rows_of(ROOT / "results" / "gate_weights.csv")
     table, scale = gate.table(rows).split("\n\n")
     page = (ROOT / "docs" / "hypergradient.md").read_text(encoding="utf-8")
-    assert table in page and f"cosine is {scale.rsplit(' ', 1)[1]}." in " ".join(page.split())
+    between = np.mean([float(row["between"]) for row in rows if row["variant"] == "default"])
+    assert scale.endswith(f": {between:.2f}") and f"the cosine is {between:.2f}." in " ".join(page.split())
+    assert table in page
     assert all(row["trajectories"] == "64" for row in rows)
 
     left, right = figures.draw_gate(rows, weights).axes

@@ -258,12 +258,16 @@ def table(found: list[dict]) -> str:
     """Markdown: means of each variant over the runs in which there is a number."""
     lines = []
     for variant in dict.fromkeys(row["variant"] for row in found):
-        chosen = [row for row in found if row["variant"] == variant]
-        values = {name: np.array([float(row[name]) for row in chosen]) for name in FORMATS}
-        lines.append([variant, *(style.format(np.nanmean(values[name])) for name, style in FORMATS.items())])
+        cells = []
+        for name, style in FORMATS.items():
+            values = np.array([float(row[name]) for row in found if row["variant"] == variant])
+            known = values[np.isfinite(values)]
+            cells.append(style.format(known.mean()) if len(known) else "")
+        lines.append([variant, *cells])
     head = ["hypergradient", "cosine of the means", "of single trajectories", "position"]
     head += ["factor 1 − 2c", "its sd"]
-    between = np.mean([float(row["between"]) for row in found])
+    # The direct gradient is the same in all variants but those of several rollouts.
+    between = np.mean([float(row["between"]) for row in found if row["variant"] == "default"])
     note = f"cosine between `∇_θ f` on one trajectory and on another: {between:.2f}"
     return markdown(head, lines) + "\n\n" + note
 

@@ -10,12 +10,13 @@ Every measure is a dictionary by (env_id, exp_name) of arrays (seeds,), larger i
 
 A run's budget is what its step sizes are annealed over: a run that ends early has no AUC and no final return.
 Curves are as results.load_curves returns them, a summary is the list of the lines of summary.csv. Run as a
-program it tests the hypotheses of docs/results.md:
+program it makes the tests of docs/results.md, A (and with other --measures and --against those of C):
 
     python tools/learning.py --results-dir results/quarter
 """
 
 import json
+import math
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -34,7 +35,6 @@ from tools.tables import Estimate, beats, chance_of_improvement, environments_wi
 from tools.tables import iqm_difference, markdown, reference
 
 POINTS = 1000
-DRAWS = 100_000  # of a permutation test
 MEASURES = {
     "AUC25": "AUC, first quarter",
     "AUC": "AUC",
@@ -90,8 +90,8 @@ def measures(summary: list[dict], curves) -> dict[str, dict]:
         env_id = group[0]
         pairs = list(zip(rows[group], runs, strict=True))
         found["AUC25"][group] = [area(curve, budget(row) // 4) for row, curve in pairs]
-        if not all(is_whole(row) for row in rows[group]) or group not in finals:
-            continue
+        if not all(is_whole(row) and np.isfinite(float(row["return_100"])) for row in rows[group]):
+            continue  # all measures are of the same runs
         found["AUC"][group] = [area(curve, budget(row)) for row, curve in pairs]
         found["final"][group] = finals[group]
         if (env_id, reference(finals)) in finals:
@@ -109,19 +109,36 @@ def shared_environments(values, *methods: str) -> tuple[str, ...]:
     return tuple(env for env in there if all(len(values.get((env, name), ())) > 1 for name in methods))
 
 
-def permutation_p(values, first: str, second: str, environments, draws: int = DRAWS) -> float:
+def permutation_p(values, first: str, second: str, environments) -> float:
     """Two-sided p value of the mean over environments of P(first > second), where the labels of the runs of
-    an environment could as well be others. At least 1 / (draws + 1)."""
-    rng = np.random.default_rng(0)
-    observed = np.mean([beats(values[env, first], values[env, second]) for env in environments])
-    total = np.zeros(draws)
-    for env_id in environments:
-        x, y = values[env_id, first], values[env_id, second]
-        ranks = np.tile(scipy.stats.rankdata(np.concatenate([x, y])), (draws, 1))
-        sums = rng.permuted(ranks, axis=1)[:, : len(x)].sum(1)
-        total += (sums - len(x) * (len(x) + 1) / 2) / (len(x) * len(y))  # P as Mann and Whitney's U
-    extreme = np.abs(total / len(environments) - 0.5) >= abs(observed - 0.5) - 1e-9
-    return float((extreme.sum() + 1) / (draws + 1))
+    an environment could as well be others: exact, over all ways to give them."""
+    pairs = [(values[env_id, first], values[env_id, second]) for env_id in environments]
+    unit = math.lcm(*(2 * len(x) * len(y) for x, y in pairs))  # of P: 1 / unit
+    chances = np.ones(1)  # of the sums over environments
+    observed = 0
+    for x, y in pairs:
+        wins = round(2 * len(x) * len(y) * beats(x, y))
+        step = unit // (2 * len(x) * len(y))
+        spread = np.zeros(unit + 1)
+        spread[::step] = chances_of_wins(np.concatenate([x, y]), len(x))
+        chances = np.convolve(chances, spread)
+        observed += step * wins
+    even = len(pairs) * unit // 2
+    as_far = np.abs(np.arange(len(chances)) - even) >= abs(observed - even)
+    return min(1.0, float(chances[as_far].sum()))
+
+
+def chances_of_wins(returns, m: int) -> np.ndarray:
+    """How probable it is that m of n returns, chosen at random, win k / 2 of their pairs with the others, a
+    tie being half a win: (2 m (n - m) + 1,), by k."""
+    ranks = np.rint(2 * scipy.stats.rankdata(returns)).astype(int)
+    ways = np.zeros((m + 1, ranks.sum() + 1))  # to choose so many, with such a sum of doubled ranks
+    ways[0, 0] = 1
+    for rank in ranks:
+        ways[1:, rank:] += ways[:-1, :-rank].copy()
+    fewest = m * (m + 1)  # the sum if they win nothing (Mann and Whitney's U is half of what is above it)
+    counts = ways[m, fewest : fewest + 2 * m * (len(returns) - m) + 1]
+    return counts / counts.sum()
 
 
 def holm(ps: list[float]) -> list[float]:
@@ -193,26 +210,37 @@ def without_area(summary: list[dict], curves) -> str:
 class Args:
     results_dir: Path = Path("results")
     """folder of the per-seed CSV files"""
-    measure: Literal["AUC25", "AUC", "steps", "final"] = "AUC25"
+    measures: tuple[Literal["AUC25", "AUC", "steps", "final"], ...] = ("AUC25",)
     """what runs are compared by"""
     against: tuple[str, ...] = ("ppo-matched", "nested", "mean-c")
     """methods that BLPO is compared with, each by a hypothesis of its own"""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints the test of P(blpo > method) = 0.5 for every method of --against."""
+    """Prints by every measure the tests of P(blpo > method) = 0.5 for every method of --against. Holm's
+    correction is over these methods."""
     args = tyro.cli(Args, args=argv, description=__doc__)
     summary, curves = load_results(args.results_dir)
-    values = measures(summary, curves).get(args.measure, {})
-    compared = {method: compare(values, None, method) for method in args.against}
-    if absent := [method for method, found in compared.items() if found is None]:
-        sys.exit(f"error: {args.results_dir} has no two seeds of blpo and of {', '.join(absent)} to compare")
+    found = measures(summary, curves)
     rows = []
-    for (method, found), adjusted in zip(compared.items(), holm([found.p for found in compared.values()])):
-        value, low, high = found.chance
-        chance = [f"{value:.3f}", f"{low:.3f} to {high:.3f}"]
-        rows.append([method, found.environments, *chance, f"{found.p:.3g}", f"{adjusted:.3g}"])
-    print(markdown(["BLPO against", "environments", "P", "95 % interval", "p", "p, Holm"], rows))
+    for measure in args.measures:
+        values = found.get(measure, {})
+        compared = {method: compare(values, None, method) for method in args.against}
+        if absent := [method for method, comparison in compared.items() if comparison is None]:
+            names = ", ".join(absent)
+            sys.exit(f"error: {args.results_dir} has no two seeds of blpo and of {names} to compare by {measure}")
+        adjusted = holm([comparison.p for comparison in compared.values()])
+        for (method, comparison), p in zip(compared.items(), adjusted):
+            used = shared_environments(values, "blpo", method)
+            runs = " and ".join(str(sum(len(values[env, name]) for env in used)) for name in ("blpo", method))
+            value, low, high = comparison.chance
+            chance = [f"{value:.3f}", f"{low:.3f} to {high:.3f}"]
+            ps = [f"{comparison.p:.2g}", f"{p:.2g}"]
+            rows.append([MEASURES[measure], method, comparison.environments, runs, *chance, *ps])
+    head = ["measure", "BLPO against", "environments", "runs", "P", "95 % interval", "p", "p, Holm"]
+    print(markdown(head, rows))
+    if missing := without_area(summary, curves):
+        print(missing)
 
 
 if __name__ == "__main__":

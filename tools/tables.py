@@ -18,10 +18,12 @@ import scipy.stats
 
 from tools.results import grouped, label
 
-OVERVIEW_METHODS = ("ppo", "ppo-tuned", "ppo-matched", "nested", "mean-c", "blpo")
+OVERVIEW_METHODS = ("ppo", "ppo-tuned", "ppo-matched", "nested-tuned", "nested", "mean-c", "blpo")
 
 # The PPO that is the scale of aggregates and has a column of its own beside BLPO: the first that is there
 REFERENCES = ("ppo-tuned", "ppo-matched")
+
+RESAMPLES = 10_000  # of a bootstrap: ends of intervals of P then vary by about 0.003
 
 
 class Estimate(NamedTuple):
@@ -38,9 +40,10 @@ class Estimate(NamedTuple):
 # Statistics
 
 
-def beats(x, y) -> float:
-    """P(X > Y) over all pairs of the returns x, of shape (m,), and y, of shape (n,), ties counted half."""
-    return float(np.mean((x[:, None] > y) + 0.5 * (x[:, None] == y)))
+def beats(x, y) -> np.ndarray:
+    """P(X > Y) over all pairs of the returns x, of shape (..., m), and y, (..., n), ties counted half: (...)."""
+    x, y = np.asarray(x)[..., :, None], np.asarray(y)[..., None, :]
+    return ((x > y) + 0.5 * (x == y)).mean((-2, -1))
 
 
 def half_width(returns) -> float:
@@ -48,17 +51,15 @@ def half_width(returns) -> float:
     return float(scipy.stats.t.ppf(0.975, len(returns) - 1) * scipy.stats.sem(returns))
 
 
-def bootstrap(finals, statistic, resamples=2000) -> tuple[float, float]:
+def bootstrap(finals, statistic) -> tuple[float, float]:
     """95 % interval of statistic(finals) when the seeds of every group are drawn again, with replacement.
 
-    statistic maps a dictionary like finals to a number. The draws are the same in every call with the same
-    finals.
+    statistic maps a dictionary like finals, of arrays (RESAMPLES, seeds), to an array (RESAMPLES,). The draws
+    are the same in every call with the same finals.
     """
     rng = np.random.default_rng(0)
-    draws = []
-    for _ in range(resamples):
-        draws.append(statistic({name: rng.choice(returns, len(returns)) for name, returns in finals.items()}))
-    low, high = np.nanpercentile(draws, [2.5, 97.5])
+    drawn = {name: rng.choice(returns, (RESAMPLES, len(returns))) for name, returns in finals.items()}
+    low, high = np.nanpercentile(statistic(drawn), [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -91,9 +92,9 @@ def normalised(finals, method: str, environments, start) -> dict:
     return {(env, method): (finals[env, method] - start[env]) / unit[env] for env in environments}
 
 
-def iqm(returns) -> float:
-    """Interquartile mean of several groups of runs taken together."""
-    return float(scipy.stats.trim_mean(np.concatenate(list(returns)), 0.25))
+def iqm(returns) -> np.ndarray:
+    """Interquartile mean of several groups of runs, arrays (..., seeds), taken together: (...)."""
+    return scipy.stats.trim_mean(np.concatenate(list(returns), axis=-1), 0.25, axis=-1)
 
 
 def iqm_difference(finals, method: str, environments, start) -> Estimate:
@@ -114,7 +115,8 @@ def chance_of_improvement(finals, method: str, environments) -> Estimate:
     """P(BLPO > method), counted in pairs of runs in each environment, mean over the environments."""
 
     def statistic(returns):
-        return np.mean([beats(returns[env_id, "blpo"], returns[env_id, method]) for env_id in environments])
+        shares = [beats(returns[env_id, "blpo"], returns[env_id, method]) for env_id in environments]
+        return np.mean(shares, axis=0)
 
     used = {
         (env_id, name): values
@@ -155,9 +157,9 @@ def mean_cell(returns, decimals: int) -> str:
 def ahead_cells(blpo, other, decimals: int) -> tuple[str, str]:
     """Welch's interval of the difference of the means, and P(BLPO > other).
 
-    Both are empty where the seeds tell nothing: fewer than two of either, or no spread at all.
+    Both are empty where the seeds tell nothing: fewer than two of either, or the same return in all runs.
     """
-    if min(len(other), len(blpo)) < 2 or np.std(other) + np.std(blpo) == 0:
+    if min(len(other), len(blpo)) < 2 or np.ptp([*other, *blpo]) == 0:
         return "", ""
     with warnings.catch_warnings():  # one of them may have no spread
         warnings.simplefilter("ignore", RuntimeWarning)
@@ -196,7 +198,8 @@ def table(summary) -> str:
     finals = grouped(summary)
     evaluations = defaultdict(list)
     for row in summary:
-        evaluations[row["env_id"], row["exp_name"]].append(float(row["eval_return"]))
+        if np.isfinite(float(row["return_100"])):  # the runs that `grouped` counts
+            evaluations[row["env_id"], row["exp_name"]].append(float(row["eval_return"]))
     rows = []
     for (env_id, method), returns in finals.items():
         decimals = decimals_for(finals, env_id)
