@@ -674,12 +674,16 @@ def test_curves_are_means_over_seeds_on_what_all_of_them_reach():
         ("E", "nested"): [run_of([0, 50], [1, 2])],
         ("E", "silent"): [run_of([0, 50], [math.nan, math.nan])],
         ("F", "my method"): [run_of([0, 50], [3, 4])],
+        ("G", "another"): [run_of([0, 50], [3, 4])],
+        ("G", "my method"): [run_of([0, 50], [3, 4])],
     }
     figure = figures.draw_curves(curves, **AGAINST_STEPS)
-    first, second = figure.axes
+    first, second, third = [axis for axis in figure.axes if axis.get_visible()]
     assert (first.get_title(), second.get_title()) == ("E", "F")
     assert (figure.get_supxlabel(), figure.get_supylabel()) == ("the steps", "the return")
-    assert shared_legend(figure) == ["BLPO (n = 2)", "nesting only (n = 1)", "my method (n = 1)"]
+    methods = ["BLPO", "nesting only", "my method", "another"]
+    assert shared_legend(figure) == [f"{name} (n = {1 + (name == 'BLPO')})" for name in methods]
+    assert third.lines[1].get_color() == second.lines[0].get_color() != third.lines[0].get_color()
     one, other, blpo, nested = first.lines
     for line, run in ((one, ([2, 6], [2, 6])), (other, ([0, 10], [0, 20])), (nested, ([0, 5], [1, 2]))):
         assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == run

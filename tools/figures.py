@@ -115,6 +115,7 @@ def draw_curves(curves, *, x: str, y: str, xlabel: str, ylabel: str, scale: floa
     """A panel per environment of column y against column x / scale: a thin line for every run, a thick one
     for the mean over the seeds of a method, if there are several. Tasks that all methods solve end there."""
     environments = list(dict.fromkeys(env_id for env_id, _ in curves))
+    unstyled = [method for method in dict.fromkeys(name for _, name in curves) if style(method)[0] is None]
     figure, axes = panels(len(environments))
     handles = {}
     counts = defaultdict(set)
@@ -125,9 +126,10 @@ def draw_curves(curves, *, x: str, y: str, xlabel: str, ylabel: str, scale: floa
             if env != env_id or not runs:
                 continue
             colour, line_style, _ = style(method)
+            if colour is None:  # the same in all panels, also of one that has no style
+                colour = f"C{unstyled.index(method)}"
             for run_x, run_y in runs:
                 (line,) = axis.plot(run_x / scale, run_y, color=colour, linewidth=0.6, alpha=0.35)
-                colour = line.get_color()
             grid, values = on_common_grid(runs)
             if len(runs) > 1:
                 means.append((grid / scale, values.mean(0)))
