@@ -210,7 +210,7 @@ def nystrom_solve(Y, omega, v, rho):
     return xp.asarray(x, dtype=v.dtype), {"correction": correction, "rank": U.shape[1]}
 
 
-def nystrom_ihvp(product, v, rank=3, rho=50.0, sketch="krylov", generator=None):
+def nystrom_ihvp(product, v, rank=2, rho=50.0, sketch="krylov", generator=None):
     """Sketch the Hessian with `rank` products and solve: the two steps above in one call."""
     omega, Y = make_sketch(sketch, product, v, rank, generator)
     return nystrom_solve(Y, omega, v, rho)
@@ -230,7 +230,7 @@ def cg_ihvp(product, v, rho=50.0, max_iters=50, tol=1e-5, preconditioner=None):
         "precision"   tol is below what the dtype of v can reach: begun again from the measured residual, more
                       iterations did not halve it
 
-    Raises NotFinite where v or a product is not finite.
+    Raises NotFinite where v, a product or the solution is not finite.
     """
     v, scale = _checked(v, rho)
     if scale == 0:
@@ -267,6 +267,8 @@ def cg_ihvp(product, v, rho=50.0, max_iters=50, tol=1e-5, preconditioner=None):
             x = unit / rho
         r = unit - product(x) - rho * x
         measured = norm(r)
+        if not math.isfinite(measured):
+            raise NotFinite("the solution overflowed: rho is too small for the dtype of v")
         if begun and measured > residual / 2:
             stopped = stopped or "precision"
         if begun and measured > residual:

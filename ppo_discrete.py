@@ -6,8 +6,7 @@ clipped value loss, joint gradient clipping. Deliberate deviations: the last sta
 bootstraps; running statistics are shared by all environments, without the last observations of episodes;
 actor and critic have an optimizer each (the same update, since Adam is separable).
 
-`diff ppo_discrete.py blpo_discrete.py` is the method. The flags for a comparison in which nothing else
-differs are in docs/benchmark.md, "PPO, matched".
+`diff ppo_discrete.py blpo_discrete.py` is the method; docs/benchmark.md has the flags that make them match.
 """
 
 import math
@@ -86,6 +85,8 @@ def check_args(args: Args) -> None:
     args.require("total_timesteps", args.total_timesteps >= rollout, f"be a rollout at least, {rollout}")
     divides = rollout % args.num_minibatches == 0
     args.require("num_minibatches", divides, f"divide num_envs * num_steps = {rollout}")
+    crossing = args.trajectory_minibatches and args.num_minibatches % args.num_envs > 0
+    args.require("num_minibatches", not crossing, "be a multiple of num_envs with --trajectory-minibatches")
     args.require("num_steps", rollout * args.num_steps < 2**31, "keep num_envs * num_steps^2 below 2^31")
     enough = rollout >= (2 if args.norm_adv else 1) * args.num_minibatches
     args.require("num_minibatches", enough, "leave two steps to a minibatch, or come with --no-norm-adv")

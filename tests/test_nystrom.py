@@ -295,6 +295,15 @@ def test_products_that_are_not_finite():
             assert x.isnan().all() and math.isnan(correction)
 
 
+def test_dampings_that_overflow():
+    """1 / rho is not a number of single precision: this must end, and not as a solution."""
+    v = torch.tensor([1.0, 0.0], dtype=torch.float32)
+    with pytest.raises(ValueError, match="rho is too small"):
+        cg_ihvp(lambda u: 0 * u, v, rho=1e-40)
+    x, correction = solve("cg", lambda u: 0 * u, v, rho=1e-40)
+    assert x.isnan().all() and math.isnan(correction)
+
+
 def test_preconditioning_saves_iterations():
     H, v = random_symmetric(200, 9, torch.cat([torch.logspace(2, 4, 10), torch.linspace(0.1, 1, 190)]))
     omega = sketch_matrix("gaussian", v, 20, torch.Generator().manual_seed(0))

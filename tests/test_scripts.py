@@ -566,8 +566,10 @@ BAD_DISCRETE = [
     (["--total-timesteps", "100"], "--total-timesteps", "512"),
     (["--ent-coef", "-1"], "--ent-coef", "positive"),
 ]
+ROLLOUT = ["--num-envs", "3", "--num-steps", "8", "--num-minibatches", "4"]  # windows of 6 steps
 BAD_PPO = [
     (["--vf-coef", "0"], "--vf-coef", "positive"),
+    (["--trajectory-minibatches", *ROLLOUT], "--num-minibatches", "multiple of num_envs"),
 ]
 
 
@@ -576,7 +578,7 @@ BAD_PPO = [
     [
         *((script, *case) for script in SCRIPTS for case in BAD),
         *((blpo, *case) for case in BAD_BLPO),
-        *((ppo, *case) for case in BAD_PPO),
+        *((script, *case) for script in (ppo, ppo_discrete) for case in BAD_PPO),
         *((script, *case) for script in DISCRETE for case in BAD_DISCRETE),
     ],
 )

@@ -3,8 +3,11 @@
 from collections import Counter
 
 import pytest
+import tyro
 
 import blpo_continuous
+import ppo_continuous
+from tests.test_benchmark import benchmark, commands, finish
 from tests.test_scripts import ROOT
 from tools import results, tuning
 from tools.tuning import ENVIRONMENTS, FACTORS, METHODS, configurations
@@ -88,10 +91,27 @@ def test_what_the_readme_says_of_the_search():
     assert "{:.2f}, {:.2f} and {:.2f}".format(*(found[best[method]] for method in METHODS)) in readme
     reached = [f"{means[best['blpo']][env_id]:,.0f} on {env_id}" for env_id in ENVIRONMENTS]
     assert f"{reached[0]}, {reached[1]} and {reached[2]}" in readme
-    defaults, chosen = blpo_continuous.Args(), configurations()[7]
-    assert 2048 // defaults.num_minibatches == chosen.minibatch and chosen.of == "steps"
-    given = (defaults.update_epochs, defaults.actor_lr, defaults.clip_coef, defaults.nested_critic_steps)
-    assert given == chosen[2:6]
+
+
+def test_the_tuned_methods_are_what_the_search_has_found(tmp_path):
+    """BLPO's defaults, and nested-tuned and ppo-tuned of benchmark.sh."""
+    settings = dict(ENVS="Walker2d-v4", SEEDS="1", FLAGS="")
+    out, _ = finish(benchmark(tmp_path, "--dry-run", METHODS="nested-tuned ppo-tuned blpo", **settings))
+    flags = {words[3].split("=")[1]: words[2:] for words in commands(out)}
+    nested, blpo = (tyro.cli(blpo_continuous.Args, args=flags[name]) for name in ("nested-tuned", "blpo"))
+    ppo = tyro.cli(ppo_continuous.Args, args=flags["ppo-tuned"])
+    for args, number in ((ppo, 3), (nested, 9), (blpo, 7)):
+        chosen = configurations()[number]
+        assert args.num_envs * args.num_steps == 2048 == chosen.minibatch * args.num_minibatches
+        assert (args.update_epochs, args.actor_lr, args.clip_coef) == chosen[2:5]
+    for args, number in ((nested, 9), (blpo, 7)):
+        chosen = configurations()[number]
+        assert (args.nested_critic_steps, "steps") == (chosen.nested_critic_steps, chosen.of)
+    assert (nested.ihvp, blpo.ihvp) == ("none", "nystrom")
+    chosen = configurations()[3]
+    assert (ppo.num_steps, chosen.of, chosen.critic) == (chosen.minibatch, "one window", "separate")
+    assert ppo.trajectory_minibatches and not ppo.joint_grad_clip and not ppo.clip_vloss
+    assert (ppo.critic_lr, ppo.vf_coef / 2) == (blpo.critic_lr, 1)  # the loss is the mean square itself
 
 
 def test_factors(tmp_path):
