@@ -24,7 +24,7 @@ ACTION_TWINS = [(ppo_continuous, ppo_discrete), (blpo_continuous, blpo_discrete)
 
 
 # What the scripts of a pair have in common by name, and not by content
-DIFFERENT = {pair: {"Args", "Batch", "make_batch", "minibatches", "train"} for pair in TWINS}
+DIFFERENT = {pair: {"Args", "check_args", "Batch", "make_batch", "minibatches", "train"} for pair in TWINS}
 DIFFERENT |= {pair: {"Args", "Actor", "Batch", "train"} for pair in ACTION_TWINS}
 LEADERS = (sobirl_continuous, sobirl_discrete)
 DIFFERENT[LEADERS] = {"Args", "check_args", "Actor", "Critic", "train", "second_term", "rival_gradient"}
