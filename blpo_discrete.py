@@ -85,26 +85,27 @@ class Args(RunFlags):
     """gradient norm at which each network's gradient is clipped"""
     # BLPO:
     nested_critic_steps: Count = 5
-    """passes of critic steps before a pass of actor steps, K_omega"""
+    """passes of critic steps over the rollout before each pass of actor steps (K_omega)"""
     ihvp: Literal["nystrom", "cg", "pcg", "none"] = "nystrom"
-    """solver of step 3; "pcg" is CG preconditioned by the Nystrom sketch, "none" is nesting only"""
+    """solver of (H + rho I) x = v, H the Hessian of the critic's loss; "pcg": CG preconditioned by Nystrom;
+    "none": no hypergradient, the critic only responds first (nesting)"""
     hypergradient: Literal["exact", "mean-c", "released"] = "exact"
-    """"exact": the derivative with the distribution of visited states held fixed; "mean-c": each c_k replaced
-    by their mean, a control; "released": as in the authors' code"""
+    """"exact": the derivative for fixed visits of states; "released": the term of the authors' code;
+    "mean-c": a control, in which the weights that tell steps apart are replaced by their mean"""
     nystrom_rank: Natural = 2
-    """Hessian-vector products in the sketch"""
+    """Hessian-vector products in the Nystrom sketch: more are more accurate"""
     nystrom_rho: Positive = 50.0
     """damping rho of the critic's Hessian (the poster's alpha), for every solver"""
     nystrom_sketch: Literal["krylov", "v-gaussian", "gaussian", "columns"] = "krylov"
-    """what the Hessian is multiplied by (nystrom.py); "columns" is the poster's random column sampling"""
+    """what H is multiplied by: v and H v, v and Gaussian vectors, those alone, unit vectors (the poster's)"""
     hessian: Literal["gauss-newton", "full"] = "gauss-newton"
-    """products with (2/B) J^T J, J the critic's Jacobian, or with the full Hessian, by double backward"""
+    """products with the critic's Gauss-Newton matrix, or with its whole Hessian by double backward"""
     cg_iters: Count = 50
     """iterations of cg and pcg at most; they stop earlier at a relative residual of 1e-3"""
     implicit_bound: NonNegativeOrInf = 1.0
-    """largest norm of the implicit term in units of that of grad_theta f (inf: unbounded)"""
+    """largest norm of the term that the hypergradient adds, relative to PPO's gradient (inf: unbounded)"""
     implicit_clip: PositiveOrInf = math.inf
-    """clip range of the probability ratio in the implicit term (inf: unclipped)"""
+    """clip range of the probability ratio in the term that the hypergradient adds (inf: unclipped)"""
 
 
 def check_args(args: Args) -> None:
@@ -185,7 +186,7 @@ class Batch(NamedTuple):
     obs: Array  # (B, obs_dim)
     actions: Array  # (B,)
     logprobs: Array  # (B,), under the policy that acted
-    advantages: Array  # (B,), under the critic as it was when the iteration began
+    advantages: Array  # (B,), under the critic as the iteration began; in actor steps, as it has responded
     returns: Array  # (B,), the lambda-returns of that critic: the regression targets
     weights: Array  # BLPO: (B,), the a_k of the implicit term
 
