@@ -87,7 +87,7 @@ def test_what_the_readme_says_of_the_search():
     for name in found:  # best first
         best.setdefault(name[0], name)
     assert best == {"ppo": ("ppo", 3), "nested": ("nested", 9), "blpo": ("blpo", 7)}
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert "{:.2f}, {:.2f} and {:.2f}".format(*(found[best[method]] for method in METHODS)) in readme
     reached = [f"{means[best['blpo']][env_id]:,.0f} on {env_id}" for env_id in ENVIRONMENTS]
     assert f"{reached[0]}, {reached[1]} and {reached[2]}" in readme
