@@ -6,7 +6,7 @@ clipped value loss, joint gradient clipping. Deliberate deviations: the last sta
 bootstraps; running statistics are shared by all environments, without the last observations of episodes;
 actor and critic have an optimizer each (the same update, since Adam is separable).
 
-`diff ppo_discrete.py blpo_discrete.py` is the method; docs/benchmark.md has the flags that make them match.
+`diff ppo_discrete.py blpo_discrete.py` is the method; the flags of a PPO to match: docs/benchmark.md.
 """
 
 import math

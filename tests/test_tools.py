@@ -407,7 +407,7 @@ def test_measures_follow_the_budget_of_a_run():
 
 
 def test_permutation_p_by_enumeration():
-    """Of all ways to give eleven runs in two environments their labels, the share with a P as far from 0.5."""
+    """Of all ways to give runs in two environments their labels, the share with a P as far from 0.5."""
     rng = np.random.default_rng(3)
     values = {("E", "a"): rng.normal(1, 1, 3), ("E", "b"): rng.normal(0, 1, 3)}
     values |= {("F", "a"): np.array([1.0, 2.0]), ("F", "b"): np.array([1.0, 0.0, -np.inf])}  # with a tie

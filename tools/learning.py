@@ -227,8 +227,8 @@ def main(argv: list[str] | None = None) -> None:
         values = found.get(measure, {})
         compared = {method: compare(values, None, method) for method in args.against}
         if absent := [method for method, comparison in compared.items() if comparison is None]:
-            names = ", ".join(absent)
-            sys.exit(f"error: {args.results_dir} has no two seeds of blpo and of {names} to compare by {measure}")
+            what = f"of blpo and of {', '.join(absent)} to compare by {measure}"
+            sys.exit(f"error: {args.results_dir} has no two seeds {what}")
         adjusted = holm([comparison.p for comparison in compared.values()])
         for (method, comparison), p in zip(compared.items(), adjusted):
             used = shared_environments(values, "blpo", method)

@@ -41,7 +41,7 @@ class Estimate(NamedTuple):
 
 
 def beats(x, y) -> np.ndarray:
-    """P(X > Y) over all pairs of the returns x, of shape (..., m), and y, (..., n), ties counted half: (...)."""
+    """P(X > Y) over all pairs of the returns x (..., m) and y (..., n), ties counted half: (...)."""
     x, y = np.asarray(x)[..., :, None], np.asarray(y)[..., None, :]
     return ((x > y) + 0.5 * (x == y)).mean((-2, -1))
 
