@@ -14,12 +14,14 @@ so that the gradient of E[l] has two terms, the second one with grad Q and grad 
 
 (78) keeps of (14) the first step. The baseline b, the mean loss of the other pairs, is not in the paper: it
 changes no expectation, since that of the sum is 0 on pairs that pi has played. A loss that has one of these
-as its gradient is linear in r_x and has no minimum; what keeps it in check is `bounded`.
+as its gradient is linear in r_x and has no minimum; what keeps it in check is `bounded`, with a bound.
 
 The penalty method (PBRL: Shen, Yang & Chen, arXiv:2402.06886) differentiates no policy. The pairs are played
 by a second one, the leader's own, and the leader pays for what that one's return lacks to the follower's:
 
     E[grad l] + lambda (grad R of the follower's segments - grad R of the rival's)
+
+This term is linear in r_x, too. It is taken as it is, without a bound: lambda says how much it counts.
 """
 
 import numpy as np
@@ -44,14 +46,10 @@ def mlp(inputs: int, hidden: int, outputs: int = 1) -> nn.Sequential:
 
 
 class Reward(nn.Module):
-    """r_x(s, a): the mean of --reward-members networks, each of which learns by itself."""
+    """r_x(s, a): the mean of --reward-members networks, each of which learns by itself. What they see of
+    states and actions is up to BoxReward and ChoiceReward, which make the networks."""
 
-    def __init__(self, obs_dim: int, action_size: int, args):
-        inputs = obs_dim + (action_size if args.reward_input == "state-action" else 0)
-        self.hold([mlp(inputs, args.reward_hidden_size) for _ in range(args.reward_members)], args)
-
-    def hold(self, nets: list[nn.Module], args) -> None:
-        """Makes the nets the members."""
+    def __init__(self, nets: list[nn.Module], args):
         super().__init__()
         self.args = args
         self.nets = nn.ModuleList(nets)
@@ -60,6 +58,10 @@ class Reward(nn.Module):
         self.register_buffer("mean_std", torch.tensor([0.0, 1.0]))  # what --reward-norm takes away
         self.eval()
 
+    def jacobians(self, obs, actions):
+        """Those of the members' outputs, and the shape of the rewards."""
+        raise NotImplementedError
+
     def at(self, obs, actions):
         """The members' Jacobians and rewards (members, ...), at actions (..., K) in the states obs
         (..., obs_dim), of which there may be several in each."""
@@ -67,14 +69,6 @@ class Reward(nn.Module):
         each, shape = self.jacobians(obs, actions)
         outputs = xp.stack([J.outputs.reshape(shape) for J in each])
         return each, xp.tanh(outputs) if self.args.reward_output == "tanh" else outputs
-
-    def jacobians(self, obs, actions):
-        """Those of the members' outputs, and the shape of the rewards."""
-        xp, shape = namespace(obs), actions.shape[:-1]
-        x = xp.broadcast_to(obs, (*shape, obs.shape[-1]))
-        if self.args.reward_input == "state-action":
-            x = xp.concatenate([x, actions], -1)
-        return [jacobian(x.reshape(-1, x.shape[-1])) for jacobian in self.jacobian_of_each], shape
 
     def gradient(self, each, rewards, by_rewards):
         """(p,), from the derivatives of a loss by the members' rewards, (members, ...)."""
@@ -114,15 +108,31 @@ class Reward(nn.Module):
         return np.concatenate(found, 1).reshape(-1, *shape) if found else np.zeros((len(self.nets), *shape))
 
 
+class BoxReward(Reward):
+    """For actions (..., K) that are vectors: a network sees state and action, with --reward-input state the
+    state alone."""
+
+    def __init__(self, obs_dim: int, action_size: int, args):
+        inputs = obs_dim + (action_size if args.reward_input == "state-action" else 0)
+        super().__init__([mlp(inputs, args.reward_hidden_size) for _ in range(args.reward_members)], args)
+
+    def jacobians(self, obs, actions):
+        xp, shape = namespace(obs), actions.shape[:-1]
+        x = xp.broadcast_to(obs, (*shape, obs.shape[-1]))
+        if self.args.reward_input == "state-action":
+            x = xp.concatenate([x, actions], -1)
+        return [jacobian(x.reshape(-1, x.shape[-1])) for jacobian in self.jacobian_of_each], shape
+
+
 class ChoiceReward(Reward):
-    """The same for actions (...) that are numbers of choices: a network, made by the script's `network` of
+    """For actions (...) that are numbers of choices: a network, made by the script's `network` of
     inputs, width and outputs, sees the state, and has an output for every action; for none of them with
     --reward-input state."""
 
     def __init__(self, inputs, choices: int, args, network):
         outputs = choices if args.reward_input == "state-action" else 1
         size = args.reward_hidden_size
-        self.hold([network(inputs, size, outputs) for _ in range(args.reward_members)], args)
+        super().__init__([network(inputs, size, outputs) for _ in range(args.reward_members)], args)
 
     def jacobians(self, obs, actions):
         """A network sees a state once, however many actions there are in it."""
@@ -177,13 +187,12 @@ def preference_gradient(reward: Reward, pairs: Pairs):
     return losses, margins, reward.gradient(each, rewards, by_step(by_margins / len(pairs.labels), rewards))
 
 
-def hyper_loss(rewards, expected, losses, alpha: float, baseline: bool):
-    """A loss (...,) whose gradient is (78), the losses (..., M) being constants, from rewards and expected
-    (..., M, 2, L), and its derivatives by each of the rewards of a pair (..., M)."""
+def hyper_weights(losses, alpha: float, baseline: bool):
+    """(l - b) / alpha of each pair, divided by the number of pairs, (..., M): what the sums of (14) and (78)
+    are weighed with, from the losses l (..., M), which count as constants there."""
     M = losses.shape[-1]
     others = (losses.sum(-1)[..., None] - losses) / max(M - 1, 1)
-    weights = (losses - others if baseline else losses) / (alpha * M)
-    return (weights * (rewards - expected).sum((-2, -1))).sum(-1), weights
+    return (losses - others if baseline else losses) / (alpha * M)
 
 
 def hyper_gradient(reward: Reward, pairs: Pairs, others, chances, alpha: float, baseline: bool):
@@ -194,26 +203,23 @@ def hyper_gradient(reward: Reward, pairs: Pairs, others, chances, alpha: float, 
     each, rewards = reward.at(pairs.obs, actions)  # (members, 1 + A, M, 2, L)
     losses, _ = preference_loss(margins_of(rewards[:, 0]), pairs.labels)
     expected = (chances * rewards[:, 1:]).sum(1)
-    _, weights = hyper_loss(rewards[:, 0], expected, losses, alpha, baseline)
+    weights = hyper_weights(losses, alpha, baseline)
     by_rewards = xp.ones_like(rewards) * weights[:, None, :, None, None]
     by_rewards[:, 1:] *= -chances
     return reward.gradient(each, rewards, by_rewards), (rewards[:, 0] - expected).sum((-2, -1)).mean()
 
 
 def suffix_gradient(reward: Reward, pairs: Pairs, gamma: float, alpha: float, baseline: bool):
-    """(14), as hyper_gradient, where Q(s_h, a_h) is the discounted sum of rewards from h to the end of the
+    """(14), a gradient (p,), where Q(s_h, a_h) is the discounted sum of rewards from h to the end of the
     segment, and V the mean of such sums over all segments. It is biased, since l depends on the same steps.
     In the sum over h the reward of the step k has the weight sum_{h <= k} gamma^(k-h)."""
     each, rewards = reward.at(pairs.obs, pairs.actions)
     steps = namespace(rewards).empty_like(rewards[0, 0, 0])  # (L,)
     steps[:] = on_device(np.cumsum(gamma ** np.arange(len(steps))), rewards.device)
-    sums = rewards * steps
-    expected = sums.mean((1, 2))[:, None, None]
     losses, _ = preference_loss(margins_of(rewards), pairs.labels)
-    _, weights = hyper_loss(sums, expected, losses, alpha, baseline)
+    weights = hyper_weights(losses, alpha, baseline)
     by_sums = (weights - weights.mean(-1)[:, None])[..., None, None]  # each sum is also a part of the mean
-    by_rewards = by_sums * steps * namespace(rewards).ones_like(rewards)
-    return reward.gradient(each, rewards, by_rewards), (sums - expected).sum((-2, -1)).mean()
+    return reward.gradient(each, rewards, by_sums * steps * namespace(rewards).ones_like(rewards))
 
 
 def penalty_gradient(reward: Reward, best, rival, weight: float):
@@ -229,7 +235,8 @@ def penalty_gradient(reward: Reward, best, rival, weight: float):
 
 
 def bounded(direct, second, bound: float):
-    """direct + second (p,), the latter shrunk to bound * ||direct|| if that is not 0; and metrics."""
+    """direct + second (p,), the latter shrunk to the norm bound * ||direct|| where it is longer, and not at
+    all if bound is 0; and metrics."""
     size, second_size = norm(direct), norm(second)
     cosine = float(direct @ second) / max(size * second_size, 1e-30)
     scale = min(1.0, bound * size / max(second_size, 1e-30)) if bound else 1.0

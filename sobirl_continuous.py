@@ -26,10 +26,11 @@ drawn from the replay memory; their rewards are asked of the reward net as it is
 
 Gradients are written out, as products with the networks' Jacobians (jacobian.py). What differs from CleanRL:
 a truncated episode bootstraps from the observation that it ended with; networks see actions in (-1, 1), while
-log pi is the density in the environment's units; alpha's step takes the sample that the actor's step took.
+log pi is the density in the environment's units, of which small boxes have a lower target entropy; alpha's
+step takes the sample that the actor's step took.
 
-Every --outer-steps steps the actor, frozen, plays --query-steps of them. Pairs are cut from these alone and
-labelled; x is updated; then the follower makes up for the updates that it has missed, on the new reward.
+Of the --outer-steps steps of an iteration the actor, frozen, or pbrl's rival plays the first --query-steps.
+Pairs are cut from these and labelled; x is updated; the follower makes up for missed updates and plays on.
 """
 
 import math
@@ -46,8 +47,8 @@ import torch
 import torch.nn as nn
 
 from jacobian import FusedAdam, SquashedGaussian, flatten, jacobian_of, on_device
-from leader import Reward, bounded, hyper_gradient, penalty_gradient, preference_gradient, preference_loss
-from leader import suffix_gradient
+from leader import BoxReward, Reward, bounded, hyper_gradient, penalty_gradient, preference_gradient
+from leader import preference_loss, suffix_gradient
 from nystrom import namespace, norm
 from support import evaluation
 from support.acting import numpy_policy
@@ -56,7 +57,7 @@ from support.environments import Environments
 from support.flags import Count, Few, Name, Natural, NonNegative, Positive, Size
 from support.flags import UnitInterval, UnitStep, UpToBillion, UpToMillion
 from support.preferences import Pairs, PreferenceFlags, Preferences, accuracy, check_queries, margins_of
-from support.replay import Replay, Taken, Transitions
+from support.replay import Replay, Taken, Transitions, check_memory
 from support.run_folder import Metrics, Run, finite, generators
 
 # Columns of progress.csv: of every method, and of those with a leader
@@ -71,13 +72,16 @@ class Args(PreferenceFlags):
     env_id: Name = "HalfCheetah-v4"
     """Gymnasium id of an environment whose actions fill a box ("module:id" imports the module first)"""
     method: Literal["sac", "drlhf", "sobirl", "hpgd", "pbrl", "random"] = "sac"
-    """how the reward is learned: not at all, since the environment's is known, from preferences, or never"""
+    """sac: maximise the environment's reward; random: one that is never learned;
+    drlhf: one learned from pairs as if they were given;
+    sobirl: also, by a second term, from how they depend on the reward; hpgd: the same by discounted sums;
+    pbrl: with a penalty instead, while a second policy, the rival, plays the pairs"""
     total_timesteps: Count = 1_000_000
     """environment steps in total, rounded down to whole iterations"""
     exp_name: Name = ""
     """name of the experiment, part of the run folder's name (empty: the method's name)"""
     outer_steps: UpToMillion = 1_000
-    """environment steps of an iteration, each of which is a row of progress.csv"""
+    """environment steps of an iteration; there is a row of progress.csv for every iteration"""
     checkpoint_every: UpToMillion = 10
     """iterations between checkpoints"""
     buffer_size: UpToBillion = 1_000_000
@@ -85,27 +89,28 @@ class Args(PreferenceFlags):
     keep_replay: bool = False
     """keep replay.bin when the run has ended, so that --total-timesteps may grow afterwards"""
     batch_size: UpToMillion = 256
-    """steps of an update, B"""
+    """steps that an update is an average over"""
     learning_starts: Natural = 5_000
     """steps at random before the first update"""
     policy_lr: UnitStep = 3e-4
-    """Adam step size of the actor"""
+    """Adam step size of the actor, and of pbrl's rival"""
     q_lr: UnitStep = 1e-3
     """Adam step size of the critics, and of log alpha"""
     anneal_lr: bool = False
-    """decay all step sizes linearly to 0, over --anneal-timesteps if it is given"""
+    """decay --policy-lr and --q-lr linearly to 0, over --anneal-timesteps if it is given"""
     hidden_size: Size = 256
-    """width of the two hidden layers, in all networks"""
+    """width of the two hidden layers of actor and critics"""
     gamma: UnitInterval = 0.99
     """discount factor"""
     tau: UnitStep = 0.005
     """share of the way to the critics that their targets go with every update"""
     policy_frequency: Count = 2
-    """updates of the critics from one turn of the actor to the next, which then makes as many of its own"""
+    """the actor is updated after every so many updates of the critics, as many times in a row"""
     alpha: Positive = 1.0
     """temperature: the weight of the entropy, with --autotune at first, otherwise throughout"""
     autotune: bool = True
-    """learn alpha, so that the entropy becomes minus the number of components of an action"""
+    """learn alpha, so that the entropy becomes minus the number of an action's components,
+    and less by as much as the largest entropy is less where the box is smaller than [-1, 1]"""
 
     # The leader
     reward_lr: UnitStep = 1e-3
@@ -113,7 +118,7 @@ class Args(PreferenceFlags):
     reward_decay: NonNegative = 1e-2
     """AdamW weight decay of the reward net"""
     reward_epochs: Count = 8
-    """passes over the queue of an iteration"""
+    """passes over the queue in an iteration"""
     initial_epochs: Count = 50
     """passes over the first pairs"""
     reward_batch_size: UpToMillion = 64
@@ -129,23 +134,23 @@ class Args(PreferenceFlags):
     reward_norm: bool = False
     """shift and scale what the follower sees, to mean 0 and deviation 1 over the last steps"""
     hyper_bound: NonNegative = 0.3
-    """largest norm of the second term, (78) or (14), in units of that of (13) (0: unbounded)"""
+    """sobirl, hpgd: largest norm of the second term, in units of that of drlhf's gradient (0: unbounded)"""
     hyper_pairs: Literal["fresh", "queue"] = "fresh"
-    """what the second term is an average over: pairs of the last query, which pi has played, or any"""
+    """sobirl, hpgd: pairs in the second term, those of the last query alone or of the whole queue"""
     hyper_batch_size: UpToMillion = 16
-    """fresh pairs for the second term of an update"""
+    """pairs in the second term of an update, if fresh (pbrl: in its penalty and in the rival's update)"""
     hyper_actions: Few = 4
-    """sobirl: actions a' in every state"""
+    """sobirl: actions sampled in every state, whose mean reward is what the policy expects there"""
     hyper_steps: Natural = 0
-    """updates with the second term, the last ones of an iteration (0: all)"""
+    """updates with the second term, or pbrl's penalty: the last ones of an iteration (0: all)"""
     hyper_start: Natural = 0
-    """environment steps before the second term is taken"""
+    """environment steps before the second term, or pbrl's penalty, is taken"""
     hyper_coef_max: NonNegative = 0.0
-    """largest value of 1/alpha in the second term (0: any)"""
+    """sobirl, hpgd: largest value of 1/temperature, the factor of the second term (0: any)"""
     baseline: bool = True
-    """subtract the mean of the other pairs' losses from l in the second term"""
+    """subtract a mean of pairs' losses from each one in the second term (pbrl: in the rival's update)"""
     penalty: Positive = 0.01
-    """pbrl: weight lambda of the rival's regret, a difference of sums over segments"""
+    """pbrl: weight of the rival's regret, what its segments' learned rewards lack to the follower's"""
 
     # What environments ask for, and has no flag here: one of them, as it is
     num_envs = 1
@@ -171,18 +176,13 @@ def check_args(args: Args) -> None:
     """Rules between several flags; the range of a single one is part of its type."""
     enough = args.total_timesteps >= args.outer_steps
     args.require("total_timesteps", enough, f"be at least --outer-steps {args.outer_steps}")
-    rows = args.checkpoint_every * args.outer_steps <= 1_000_000_000
-    args.require("checkpoint_every", rows, "leave at most 1,000,000,000 steps between checkpoints")
     later = args.learning_starts < args.total_timesteps
     args.require("learning_starts", later, f"be less than --total-timesteps {args.total_timesteps}")
-    enough = args.buffer_size >= max(2, args.batch_size)
-    args.require("buffer_size", enough, f"hold a batch, {args.batch_size} steps, and 2 rows at least")
+    check_memory(args)
     often = args.policy_frequency <= args.total_timesteps
     args.require("policy_frequency", often, f"be at most --total-timesteps {args.total_timesteps}")
     if args.leads:
         check_queries(args)
-    with_action = args.method != "sobirl" or args.reward_input != "state"
-    args.require("reward_input", with_action, "be state-action with sobirl, whose second term is 0 otherwise")
 
 
 # Networks
@@ -313,8 +313,8 @@ def second_term(reward: Reward, actor: Actor, alpha, preferences: Preferences, g
     if args.hyper_pairs == "fresh":
         places = preferences.some_fresh(args.hyper_batch_size, generator)
     pairs = pairs_at(places, preferences, args)
-    if args.method == "hpgd":
-        return suffix_gradient(reward, pairs, args.gamma, alpha, args.baseline)
+    if args.method == "hpgd":  # its sums are deviations from their own mean: there is no score
+        return suffix_gradient(reward, pairs, args.gamma, alpha, args.baseline), math.nan
     A, xp = args.hyper_actions, namespace(pairs.obs)
     outputs = actor.jacobian(pairs.obs.reshape(-1, pairs.obs.shape[-1])).outputs
     noise = on_device(actor.noise(A * len(outputs), generator=generator), args.device)
@@ -324,12 +324,13 @@ def second_term(reward: Reward, actor: Actor, alpha, preferences: Preferences, g
 
 
 def penalty_term(reward: Reward, preferences: Preferences, begin: int, args: Args, _):
-    """pbrl: gradient and regret. The follower's segments are of the steps before the row `begin`, where the
-    rival began to play."""
-    best = preferences.segments(begin - 2 * args.query_steps, args.hyper_batch_size, 2, end=begin)
+    """pbrl: gradient and regret, of the rival's segments, from the row `begin` on, against those that the
+    follower has played before."""
+    since = preferences.replay.recent(args.outer_steps)[0]  # where, an iteration ago, the rival had ended
+    best = preferences.segments(since, args.hyper_batch_size, 2, end=begin)
     rival = preferences.segments(begin, args.hyper_batch_size, 2)
-    if not len(best):  # all episodes there were too short
-        return 0 * reward.vector, 0.0
+    if not len(best):  # all of the follower's episodes were too short: there is nothing to compare with
+        return 0 * reward.vector, math.nan
     both = (preferences.steps(starts) for starts in (best, rival))
     both = (Taken(*(on_device(x, args.device) for x in steps)) for steps in both)
     return penalty_gradient(reward, *both, args.penalty)
@@ -347,8 +348,7 @@ def rival_gradient(rival: Actor, reward: Reward, preferences: Preferences, gener
 
 
 def train_reward(reward: Reward, adam, preferences, epochs: int, second, metrics: Metrics, lap, args: Args):
-    """Steps of x along minus (13) and, if it is given, the `second` term, a function of places in the
-    queue."""
+    """Steps of x along minus (13) and, if given, the `second` term, a function of places in the queue."""
     batches = list(preferences.minibatches(epochs, args.reward_batch_size))
     for left, places in zip(range(len(batches), 0, -1), batches):
         pairs = pairs_at(places, preferences, args)
@@ -378,6 +378,9 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     envs = Environments(args, actions=gym.spaces.Box)
     obs_dim, action_size = envs.obs_dim, envs.action_size
     log_half = box_of(args, envs.action_space)
+    # The largest entropy is K log 2 + log_half. In a small box it may be less than CleanRL's target, -K, for
+    # which alpha would grow without bound: where it is less than in [-1, 1]^K, the target is less by as much
+    target_entropy = min(0.0, log_half) - action_size
     torch.manual_seed(args.seed)
     actor = Actor(obs_dim, 2 * action_size, args.hidden_size, args.device)
     critic = Critic(obs_dim, action_size, args.hidden_size, args.device)
@@ -389,7 +392,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     alpha_adam = FusedAdam(temperature.vector, args.q_lr)
     replay = Replay(args, obs_dim, action_size, 2 * args.checkpoint_every * args.outer_steps)
     if args.leads:
-        reward = Reward(obs_dim, action_size, args)
+        reward = BoxReward(obs_dim, action_size, args)
         reward_adam = FusedAdam(reward.vector, args.reward_lr, args.reward_decay)
         preferences = Preferences(args, replay, reward.predict)
 
@@ -416,6 +419,8 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 left = 1 - iteration / ((args.anneal_timesteps or args.total_timesteps) // args.outer_steps)
                 actor_adam.lr = left * args.policy_lr
                 critic_adam.lr = alpha_adam.lr = left * args.q_lr
+                if args.method == "pbrl":
+                    rival_adam.lr = actor_adam.lr
 
             begin = replay.written  # the first row of the iteration
             updated = envs.steps  # steps of the environment for which there has been an update
@@ -443,11 +448,12 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                 if args.leads and t + 1 == args.query_steps:
                     epochs = args.reward_epochs if preferences.queries else args.initial_epochs
                     second = None
-                    if args.hyper and preferences.queries and envs.steps >= args.hyper_start:
+                    due = args.hyper and preferences.queries and envs.steps >= args.hyper_start
+                    if due and args.method == "pbrl":
+                        second = partial(penalty_term, reward, preferences, begin, args)
+                    elif due:
                         alpha = max(temperature.alpha * reward.std, 1 / (args.hyper_coef_max or math.inf))
                         second = partial(second_term, reward, actor, alpha, preferences, parts["hyper"], args)
-                        if args.method == "pbrl":
-                            second = partial(penalty_term, reward, preferences, begin, args)
                     preferences.query(begin)
                     if len(preferences.fresh) and args.method != "random":
                         train_reward(reward, reward_adam, preferences, epochs, second, metrics, lap, args)
@@ -476,7 +482,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                         loss, gradient = actor_gradient(J, policy, critic, mb.obs, alpha)
                         actor_adam.step(gradient)
                         if args.autotune:
-                            alpha_adam.step(temperature_gradient(policy.log_prob, alpha, -action_size))
+                            alpha_adam.step(temperature_gradient(policy.log_prob, alpha, target_entropy))
                         metrics.add(actor_loss=loss, entropy=-policy.log_prob.mean(), alpha=alpha)
                         metrics.add(skipped_updates=actor_adam.skipped)
                         if args.method == "pbrl":

@@ -25,30 +25,33 @@ class PreferenceFlags(RunFlags):
     """The flags of queries and of the teacher."""
 
     query_steps: UpToMillion = 500
-    """steps of an iteration that the frozen actor plays, from which pairs are cut"""
+    """first steps of an iteration, from which pairs are cut: the actor (pbrl: the rival) plays, frozen"""
     segment: UpToMillion = 25
-    """steps of a segment, L"""
+    """steps of a segment"""
     pairs: UpToMillion = 40
     """pairs of a query"""
     initial_pairs: UpToMillion = 100
     """pairs of the first query, which also has the steps at random"""
     label_budget: Natural = 0
-    """labels after which there are no more queries, and the reward stays as it is (0: no limit)"""
+    """labels after which the teacher gives no more, and the reward net stays as it is (0: no limit);
+    with --reward-norm what the follower sees of it is still shifted and scaled"""
     queue: UpToMillion = 3_000
-    """pairs that are learned from: the last so many"""
+    """pairs that are learned from: so many, the last ones that have a label"""
     query: Literal["uniform", "disagreement", "entropy"] = "uniform"
-    """which pairs of --query-oversample times as many: any, those on which the members' q differ most, or
-    those whose q is closest to one half"""
+    """which pairs are asked about. uniform: any; of more candidates (--query-oversample),
+    disagreement: those on which the reward nets differ most;
+    entropy: those whose predicted preference is closest to one half"""
     query_oversample: Few = 10
     """candidates for every pair of a query that is not uniform"""
     labels: Literal["oracle", "bernoulli"] = "oracle"
-    """the teacher prefers the larger sum, or the first segment with probability sigmoid(R_1 - R_2)"""
+    """oracle: the teacher prefers the segment with the larger sum of rewards;
+    bernoulli: the first one, with probability sigmoid(its sum minus that of the other one)"""
     label_flip: UnitInterval = 0.0
     """share of labels that are wrong"""
     label_skip: UnitInterval = 0.0
-    """share of pairs without an answer, those whose better segment is worst"""
+    """share of the pairs of a query without an answer, those whose better segment is worst"""
     label_equal: UnitInterval = 0.0
-    """share of pairs whose segments the teacher finds equal, those with the smallest difference"""
+    """share of the pairs of a query that the teacher finds equal, those with the smallest difference"""
     teacher_gamma: UnitInterval = 1.0
     """discount of the teacher's sums, from their ends: the last steps count most"""
 
@@ -60,12 +63,18 @@ def check_queries(args) -> None:
     within = args.segment <= args.query_steps <= args.outer_steps
     limits = f"--segment {args.segment} and --outer-steps {args.outer_steps}"
     args.require("query_steps", within, f"lie between {limits}")
+    most = args.outer_steps - args.segment
+    both = args.method != "pbrl" or args.query_steps <= most  # the penalty compares what the two have played
+    rest = f"at most {most}, so that pbrl's follower plays a segment, too: lower it or raise --outer-steps"
+    args.require("query_steps", both, f"be {rest}")
     room = args.buffer_size >= 2 * args.outer_steps
     args.require("buffer_size", room, f"hold an iteration and its ends of episodes, {2 * args.outer_steps}")
     longer = args.queue >= max(args.pairs, args.initial_pairs)
     args.require("queue", longer, "hold a query, --pairs and --initial-pairs")
     several = args.query != "disagreement" or args.reward_members > 1
     args.require("reward_members", several, "be at least 2 with --query disagreement")
+    with_action = args.method != "sobirl" or args.reward_input != "state"
+    args.require("reward_input", with_action, "be state-action with sobirl, whose second term is 0 otherwise")
 
 
 def sigmoid(x):

@@ -12,7 +12,8 @@ frame of the episode stands for those before it.
 
 The ring has room for more than its capacity: the rows of two checkpoint intervals. So long the rows that the
 last checkpoint counts on, and those of the one before it, are not written over, and a run that goes on from
-either samples the same steps as one that was never killed.
+either samples the same steps as one that was never killed. It has no more room than the run has rows: then it
+never goes round, so that a row has the same place in it when --total-timesteps has grown.
 """
 
 import errno
@@ -53,6 +54,14 @@ class Taken(NamedTuple):
     actions: np.ndarray  # (..., action_size), or (...,) numbers of choices
 
 
+def check_memory(args) -> None:
+    """Rules between the flags of a script with a replay memory."""
+    rows = args.checkpoint_every * args.outer_steps <= 1_000_000_000
+    args.require("checkpoint_every", rows, "leave at most 1,000,000,000 steps between checkpoints")
+    enough = args.buffer_size >= max(2, args.batch_size)
+    args.require("buffer_size", enough, f"hold a batch, {args.batch_size} steps, and 2 rows at least")
+
+
 class Replay:
     """The last `capacity` rows of one environment: --buffer-size. `spare` is how many rows a checkpoint
     interval may have at most. Observations, each of so many `frames`, are kept in the type obs_type, images
@@ -64,8 +73,9 @@ class Replay:
         self.capacity = args.buffer_size
         self.frames = frames
         self.frame_size = obs_dim // frames
-        # Rows of the ring, with that of the next observation, and the frames before the oldest one's
-        self.size = args.buffer_size + 2 * spare + 1 + frames
+        # Rows of the ring, with that of the next observation, and the frames before the oldest one's; or all
+        # rows of the run, in which every step may end an episode
+        self.size = min(args.buffer_size + 2 * spare + 1 + frames, 2 * args.total_timesteps + 1)
         action = (np.float32, (action_size,)) if action_size else (np.int32,)
         fields = [("obs", obs_type, (self.frame_size,)), ("action", *action)]
         self.row = np.zeros((), [*fields, ("reward", np.float32), ("kind", np.int16), ("before", np.int16)])
@@ -90,7 +100,9 @@ class Replay:
         self.args.require("buffer_size", need <= free, f"be smaller, or --runs-dir elsewhere: {sizes}")
 
     def begin(self, run: Run) -> None:
-        """Opens the file of a run, which one that goes on must have; a finished run needs none."""
+        """Opens the file of a run, which one that goes on must have; a finished run needs none. A file of
+        another size is right if all rows so far are in it: that of a run whose --total-timesteps has grown,
+        which has not gone round."""
         self.run = run
         path = run.folder / FILE
         there = path.stat().st_size if path.exists() else 0
@@ -98,7 +110,8 @@ class Replay:
         if run.restored and there != whole:
             if run.restored["iteration"] == run.count and not there:
                 return
-            fail(f"--resume {run.folder}: {FILE} is gone or damaged: start a new run")
+            if there // self.row.nbytes <= run.restored["parts"]["replay"]["written"]:
+                fail(f"--resume {run.folder}: {FILE} is gone or damaged: start a new run")
         with run.storing():
             self.file = open(path, "r+b" if there else "w+b", buffering=0)
             self.file.truncate(whole)  # with a hole where nothing is written yet
@@ -185,10 +198,11 @@ class Replay:
         `end` if it is given, each as likely as any other: the numbers of their first rows, in an array of
         this shape. There are none, (0, ...), where all episodes there are shorter; where all in the memory
         are, the run ends."""
+        whole = begin <= self.first and end is None
         numbers = np.arange(max(begin, self.first), self.written if end is None else end)
         ends = np.concatenate([[0], np.cumsum(~self.is_step(numbers))])  # before each of the rows
         starts = numbers[: max(0, len(numbers) - length + 1)][ends[length:] == ends[:-length]]
-        if not len(starts) and begin > self.first:
+        if not len(starts) and not whole:
             return np.zeros((0, *shape[1:]), int)
         if not len(starts):
             longest = np.bincount(ends[1:][self.is_step(numbers)]).max()

@@ -315,7 +315,7 @@ def test_the_other_terms(float64):
     torch.manual_seed(1)
     rival = sobirl.Actor(4, 3, 6)
     found, _ = second_term(reward, rival, batch, method="hpgd", given=["--gamma", 0.5])
-    assert (found == suffix_gradient(reward, batch, 0.5, 0.2, True)[0]).all()
+    assert (found == suffix_gradient(reward, batch, 0.5, 0.2, True)).all()
     every = learned(reward, batch.obs)
     rewards = of_actions(every, batch.actions)
     discounts = torch.tensor([1, 1.5, 1.75, 1.875])  # sums of 0.5^k
@@ -346,8 +346,8 @@ def linear(weights):
 def tables(problem, x, Q):
     """Reward net and actor that are the tables x and softmax(Q / tau), states being vectors with a single
     1."""
-    reward = reward_net("--reward-output", "linear")
-    reward.hold([linear(x.reshape(Q.shape).T)], reward.args)
+    table = linear(x.reshape(Q.shape).T)
+    reward = sobirl.ChoiceReward(*Q.shape, flags("--reward-output", "linear"), lambda *_: table)
     actor = sobirl.Actor(len(Q), Q.shape[1], 4)
     actor.net = linear(Q.T / problem.tau)
     actor.jacobian = jacobian.jacobian_of(actor.net)

@@ -14,11 +14,13 @@ import torch
 import sobirl_continuous as sobirl
 import sobirl_tabular as tabular
 from jacobian import SquashedGaussian
-from leader import bounded, hyper_gradient, hyper_loss, penalty_gradient, preference_gradient
+from leader import bounded, hyper_gradient, hyper_weights, penalty_gradient, preference_gradient
 from leader import preference_loss, suffix_gradient
-from support.preferences import Pairs, margins_of
+from support.preferences import Pairs, Preferences, margins_of
+from support.replay import Replay
 from support.run_folder import PREVIOUS
 from tests.test_preferences import HOPPER, PENDULUM, flags, reward_net
+from tests.test_replay import memory, steps
 from tests.test_sac import contents, flat, interrupted
 from tests.test_scripts import refused, rows, train
 
@@ -48,14 +50,19 @@ def enumerated(problem):
     return s[index], a[index], lambda pi: (moves * pi[s, a].prod(1))[index].prod(1)
 
 
+def hyper_loss(rewards, expected, losses, alpha, baseline):
+    """A loss whose gradient is (78), from rewards and expected (M, 2, L)."""
+    return hyper_weights(losses, alpha, baseline) @ (rewards - expected).sum((-2, -1))
+
+
 def surrogate(problem, x, pi, s, a, chance, true, tau):
-    """(13) + (78) of a table of rewards by autograd, the second one through hyper_loss."""
+    """(13) + (78) of a table of rewards by autograd, the second one through hyper_weights."""
     r = x.requires_grad_().reshape(pi.shape)
     labels = margins_of(true[s, a]).sigmoid()
     losses, _ = preference_loss(margins_of(r[s, a]), labels)
     expected = (pi * r).sum(1)[s]
-    weighted = losses.detach() * chance * len(chance)  # hyper_loss takes the mean of pairs
-    second, _ = hyper_loss(r[s, a], expected, weighted, tau, baseline=False)
+    weighted = losses.detach() * chance * len(chance)  # hyper_weights are those of a mean of pairs
+    second = hyper_loss(r[s, a], expected, weighted, tau, baseline=False)
     first = torch.autograd.grad(losses @ chance, x, retain_graph=True)[0]
     return first, torch.autograd.grad(second, x)[0]
 
@@ -107,7 +114,7 @@ def test_scores_and_baselines_on_policy_and_off():
     expected = (pi * r).sum(1)[s]
 
     def mean_gradient(baseline, policy):
-        batches = [hyper_loss(r[s, a][m], expected[m], losses.detach()[m], 0.3, baseline)[0] for m in two]
+        batches = [hyper_loss(r[s, a][m], expected[m], losses.detach()[m], 0.3, baseline) for m in two]
         mean = chances(policy)[two].prod(1) @ torch.stack(batches)
         return torch.autograd.grad(mean, x, retain_graph=True)[0]
 
@@ -155,7 +162,7 @@ def test_gradient_of_the_second_term(given, baseline):
 def test_gradient_of_suffixes(given, baseline):
     """(14): sums of discounted sums, less their mean over all segments, written as loops."""
     reward, batch, gamma = reward_net(*given), pairs(), 0.8
-    gradient, score = suffix_gradient(reward, batch, gamma, 0.2, baseline)
+    gradient = suffix_gradient(reward, batch, gamma, 0.2, baseline)
     rewards = learned(reward, batch.obs, batch.actions)
     losses = torch.nn.functional.binary_cross_entropy_with_logits(
         margins_of(rewards), torch.as_tensor(batch.labels).expand(len(rewards), 6), reduction="none"
@@ -169,7 +176,6 @@ def test_gradient_of_suffixes(given, baseline):
     b = (losses.sum(1, keepdim=True) - losses) / 5 if baseline else 0.0
     loss = ((losses - b) * scores).mean(1).sum() / 0.2
     assert np.allclose(gradient, flat(torch.autograd.grad(loss, list(reward.parameters()))), atol=1e-12)
-    assert score == pytest.approx(0, abs=1e-12)
 
 
 def test_a_reward_of_states_has_no_second_term():
@@ -275,8 +281,7 @@ def test_actions_of_the_second_term_have_a_generator_of_their_own():
     generator = torch.Generator().manual_seed(1)
     assert (second_term(reward_net(), pairs(), generator=generator)[0][0] != first).any()
     (suffix, score), _ = second_term(reward_net(), pairs(), "--gamma", 0.5, method="hpgd", alpha=0.3)
-    expected, _ = suffix_gradient(reward_net(), pairs(), 0.5, 0.3, True)
-    assert (suffix == expected).all()
+    assert (suffix == suffix_gradient(reward_net(), pairs(), 0.5, 0.3, True)).all() and math.isnan(score)
 
 
 # Runs
@@ -352,10 +357,12 @@ def test_fresh_pairs_or_any(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method", ["sobirl", "hpgd", "pbrl"])
 def test_columns(method, tmp_path):
+    """There is no score with hpgd, whose sums are deviations from their own mean."""
     table = rows(train(sobirl, tmp_path, *SOBIRL, "--method", method) / "progress.csv")
     for name in ("hyper_grad_norm", "hyper_cosine", "hyper_bound_active", "score_mean"):
+        there = (method, name) != ("hpgd", "score_mean")
         assert all(math.isnan(row[name]) for row in table[:4])
-        assert all(math.isfinite(row[name]) for row in table[4:])
+        assert all(math.isfinite(row[name]) == there for row in table[4:])
     assert all(-1.001 <= row["hyper_cosine"] <= 1.001 for row in table[4:])
 
 
@@ -394,42 +401,77 @@ def test_resume_is_byte_identical(method, tmp_path, monkeypatch):
         assert contents(sobirl.main(["--resume", str(older)])) == expected
 
 
-def test_the_rival_plays_the_query(tmp_path, monkeypatch):
-    """y plays the frozen steps and pi all others; the segments of pi are of the steps before the query."""
-    players, terms = [], []
-    numpy_policy, penalty_term = sobirl.numpy_policy, sobirl.penalty_term
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "Hopper-v4"])
+def test_the_rival_plays_the_query(env_id, tmp_path, monkeypatch):
+    """y plays the frozen steps and pi all others, and the penalty compares rows that pi has played with rows
+    that y has played; with Hopper there are also rows between them that are no steps."""
+    players, played, terms = [], {}, []
+    numpy_policy, add, penalty_term = sobirl.numpy_policy, Replay.add, sobirl.penalty_term
 
     def see_policy(net):
         players.append(net)
         return numpy_policy(net)
+
+    def see_step(self, *values):
+        if players:
+            played[self.written] = "y" if players[-1] is players[0] else "pi"
+        add(self, *values)
 
     def see_term(reward, preferences, begin, args, places):
         segments = preferences.segments
 
         def see_segments(*inputs, end=None):
             found = segments(*inputs, end=end)
-            terms.append((begin, end, found.min(), found.max()))
+            terms.append(found[..., None] + np.arange(args.segment))
             return found
 
         preferences.segments = see_segments
         result = penalty_term(reward, preferences, begin, args, places)
         preferences.segments = segments
+        assert math.isfinite(result[1]) == (terms[-2].size > 0)
         return result
 
     monkeypatch.setattr(sobirl, "numpy_policy", see_policy)
+    monkeypatch.setattr(Replay, "add", see_step)
     monkeypatch.setattr(sobirl, "penalty_term", see_term)
-    few = ["--total-timesteps", 120, "--eval-episodes", 0, "--checkpoint-every", 1]
-    folder = train(sobirl, tmp_path, *SOBIRL, "--method", "pbrl", *few)
-    names = [{id(players[0]): "y"}.get(id(net), "pi") for net in players]
-    assert names == (["y"] * 15 + ["pi"] * 5) * 3
-    assert len(terms) == 2 * (8 + 12)
-    for begin, end, low, high in terms[::2]:
-        assert end == begin and low >= begin - 30 and high <= begin - 5
-    for begin, end, low, high in terms[1::2]:
-        assert end is None and low >= begin
+    few = ["--outer-steps", 30, "--total-timesteps", 210, "--eval-episodes", 0, "--checkpoint-every", 1]
+    given = [*SOBIRL, "--method", "pbrl", *few, "--hyper-batch-size", 50, "--env-id", env_id]
+    folder = train(sobirl, tmp_path, *given)
+    assert list(played.values()) == (["y"] * 15 + ["pi"] * 15) * 5
+    best, rival = ([rows for rows in terms[i::2] if rows.size] for i in (0, 1))
+    assert len(best) > 20 and len(rival) > 20 and (max(played) > 210) == (env_id == "Hopper-v4")
+    assert {played[row] for rows in best for row in rows.flat} == {"pi"}
+    assert {played[row] for rows in rival for row in rows.flat} == {"y"}
+    turns = [row for row in played if played[row] == "pi" and played.get(row - 1) == "y"]
+    assert {rows.min() for rows in best} & set(turns)  # from the first of them on
     saved = [torch.load(folder / name, weights_only=True)["parts"] for name in (PREVIOUS, "checkpoint.pt")]
     first, last = (parts["rival"] for parts in saved)
     assert all(not torch.equal(first[name], last[name]) for name in first)
+
+
+def test_without_segments_of_the_follower_there_is_no_penalty(tmp_path):
+    """Its episodes may be too short for one: the update goes on without, whatever the memory has room for."""
+    args = flags("--method", "pbrl", "--segment", 3, "--outer-steps", 10, "--query-steps", 5)
+    replay = memory(tmp_path, 21)
+    steps(replay, 10)
+    steps(replay, 5, lengths=[1] * 15, begin=10)  # the follower's, an episode each: 10 rows
+    begin = replay.written
+    steps(replay, 5, begin=15)
+    assert replay.first == begin - 16
+    for capacity in (21, 15):  # the second time the memory begins with them
+        replay.capacity = capacity
+        preferences = Preferences(args, replay, None)
+        reward = reward_net(obs_dim=2, action_size=1)
+        term, regret = sobirl.penalty_term(reward, preferences, begin, args, None)
+        assert not term.any() and math.isnan(regret)
+
+
+def test_the_follower_has_to_play_a_segment(tmp_path, capsys):
+    given = [*SOBIRL, "--method", "pbrl", "--runs-dir", tmp_path, "--query-steps"]
+    for steps_of_rival in (20, 16):
+        err = refused(sobirl, capsys, *given, steps_of_rival)
+        assert "--query-steps must be at most 15" in err and "--outer-steps" in err
+    assert not list(tmp_path.iterdir())
 
 
 def test_sobirl_needs_the_action(tmp_path, capsys):

@@ -54,6 +54,7 @@ def test_segments_stay_inside_episodes_and_the_memory(tmp_path):
     late = found.segments(found.written - 12, 4, (500,), generator)
     assert late.min() >= found.written - 12 and late.max() == found.written - 4
     assert found.segments(found.written - 3, 4, (500, 2), generator).shape == (0, 2)
+    assert found.segments(0, 4, (3, 2), generator, end=found.first + 3).shape == (0, 2)
     with pytest.raises(Stop, match="--segment 20 is longer than any episode, of 17 steps"):
         found.segments(0, 20, (3,), generator)
 
@@ -225,7 +226,7 @@ def test_measures(tmp_path):
 
 def reward_net(*given, obs_dim=3, action_size=2):
     torch.manual_seed(0)
-    return sobirl.Reward(obs_dim, action_size, flags("--reward-hidden-size", 5, *given))
+    return sobirl.BoxReward(obs_dim, action_size, flags("--reward-hidden-size", 5, *given))
 
 
 @pytest.mark.parametrize(
@@ -284,7 +285,7 @@ def test_what_the_follower_sees():
 
 
 def test_sac_builds_no_reward_net(tmp_path, monkeypatch):
-    monkeypatch.setattr(sobirl, "Reward", None)
+    monkeypatch.setattr(sobirl, "BoxReward", None)
     monkeypatch.setattr(sobirl, "Preferences", None)
     folder = train(sobirl, tmp_path, *PENDULUM, "--method", "sac")
     assert "accuracy_fresh" not in rows(folder / "progress.csv")[0]

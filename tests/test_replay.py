@@ -24,17 +24,17 @@ class FakeRun:
 class Args:
     """Flags, and refusals as exceptions."""
 
-    def __init__(self, folder, buffer_size, resume=""):
+    def __init__(self, folder, buffer_size, resume="", total_timesteps=1000):
         self.runs_dir, self.resume, self.buffer_size = str(folder), resume, buffer_size
-        self.total_timesteps = 1000
+        self.total_timesteps = total_timesteps
         self.keep_replay = False
 
     def require(self, flag, ok, must):
         assert ok, f"--{flag} must {must}"
 
 
-def memory(folder, capacity, spare=5, restored=None):
-    found = Replay(Args(folder, capacity), 2, 1, spare)
+def memory(folder, capacity, spare=5, restored=None, total=1000):
+    found = Replay(Args(folder, capacity, total_timesteps=total), 2, 1, spare)
     found.begin(FakeRun(folder, restored))
     return found
 
@@ -131,6 +131,30 @@ def save(state, folder):
     return folder / "state.pt"
 
 
+def test_the_ring_is_no_larger_than_the_run(tmp_path):
+    """However rare checkpoints are: it has room for a run all of whose steps end an episode, and for one that
+    goes on with more steps, also if it was killed after config.json had been told and before the file was."""
+    lengths = [1] * 40
+    expected = memory(tmp_path, 50, spare=10**9, total=40)
+    assert expected.size == 81
+    steps(expected, 40, lengths)
+    rows, state = stored(expected), expected.state_dict()
+    assert len(rows.obs) == 25 and expected.written == 80
+    folder = tmp_path / "grows"
+    folder.mkdir()
+    half = memory(folder, 50, spare=10**9, total=20)
+    assert half.size == 41 and (folder / module.FILE).stat().st_size == 41 * half.row.nbytes
+    steps(half, 20, lengths)
+    restored = {"iteration": 2, "parts": {"replay": half.state_dict()}}
+    for total in (20, 40):
+        again = memory(folder, 50, spare=10**9, restored=restored, total=total)
+        again.load_state_dict(restored["parts"]["replay"])
+        assert same(stored(again), stored(half))
+    steps(again, 20, lengths, begin=20)
+    assert same(stored(again), rows) and again.state_dict() == state
+    assert (folder / module.FILE).read_bytes() == (tmp_path / module.FILE).read_bytes()
+
+
 def test_rows_of_a_step_that_is_done_again_otherwise(tmp_path):
     """An environment that cannot go on in the middle begins another episode: the last step before keeps its
     next observation, although other rows had been written there since."""
@@ -150,10 +174,10 @@ def test_a_file_that_is_missing_or_damaged_is_refused(tmp_path, capsys):
     found = memory(tmp_path, 7)
     steps(found, 3)
     state = found.state_dict()
-    (tmp_path / module.FILE).write_bytes(b"0" * 100)
+    (tmp_path / module.FILE).write_bytes(b"0" * (4 * found.row.nbytes - 1))  # the fourth row lacks a byte
     for _ in range(2):
         with pytest.raises(SystemExit) as stop:
-            memory(tmp_path, 7, restored={"iteration": 3})
+            memory(tmp_path, 7, restored={"iteration": 3, "parts": {"replay": state}})
         assert stop.value.code == 2 and "replay.bin is gone or damaged" in capsys.readouterr().err
         (tmp_path / module.FILE).unlink(missing_ok=True)
     finished = memory(tmp_path, 7, restored={"iteration": 10})  # which needs none

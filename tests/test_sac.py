@@ -13,6 +13,7 @@ import typing
 import warnings
 from pathlib import Path
 
+import gymnasium as gym
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
@@ -27,7 +28,7 @@ from support import run_folder
 from support.flags import parse_args
 from support.replay import FILE, Replay
 from support.run_folder import Stop
-from tests.probe_envs import Wander
+from tests.probe_envs import OneStep, Wander
 from tests.test_durable import CASES, FLOATS, INTEGERS, TEXT, Killed, only, wait_for
 from tests.test_scripts import ROOT, refused, rows, run, start, train
 
@@ -375,6 +376,19 @@ def test_the_entropy_becomes_its_target(tmp_path):
     assert row["entropy"] == pytest.approx(-1, abs=0.15)
 
 
+def test_a_small_box_has_a_target_that_can_be_reached(tmp_path, monkeypatch):
+    """Of half a side of 0.15 the largest entropy is log 0.3, which is less than -1."""
+
+    def small(*inputs):
+        made(*inputs)
+        inputs[0].action_space = gym.spaces.Box(-0.15, 0.15, (1,), np.float32)
+
+    made = OneStep.__init__
+    monkeypatch.setattr(OneStep, "__init__", small)
+    row, _ = solved(tmp_path, "OneStep", "--q-lr", 0.01, "--alpha", 0.1)
+    assert row["entropy"] == pytest.approx(-1 + math.log(0.15), abs=0.15) and row["alpha"] < 0.1
+
+
 # The command line
 
 
@@ -505,6 +519,10 @@ def test_annealing(tmp_path, monkeypatch):
     parts = seen[-1]
     assert parts["actor_adam"].lr == pytest.approx(1e-3)
     assert parts["critic_adam"].lr == parts["alpha_adam"].lr == pytest.approx(1e-2)
+    train(sac, tmp_path, *flags, *QUERY, "--learning-starts", 80, "--method", "pbrl", "--reward-lr", 1e-2)
+    parts = seen[-1]
+    assert parts["rival_adam"].lr == parts["actor_adam"].lr == pytest.approx(1e-3)
+    assert parts["reward_adam"].lr == pytest.approx(1e-2)  # of which --help says nothing
 
 
 def test_huge_rewards_end_the_run_in_one_line(tmp_path, capsys):
@@ -616,10 +634,13 @@ def test_a_signal_ends_the_iteration(reference, tmp_path):
 
 
 def test_a_finished_run_may_grow_if_it_kept_its_replay(tmp_path, capsys):
-    whole = contents(train(sac, tmp_path / "whole", *DURABLE))
-    folder = train(sac, tmp_path / "half", *DURABLE, "--total-timesteps", 200)
-    sac.main(["--resume", str(folder), "--total-timesteps", "400"])
-    assert contents(folder) == whole
+    """Its replay memory grows with it, where that was no larger than the run."""
+    for name, more in {"ring": [], "whole": ["--checkpoint-every", 1_000_000]}.items():
+        whole = contents(train(sac, tmp_path / name, *DURABLE, *more))
+        folder = train(sac, tmp_path / f"{name} half", *DURABLE, *more, "--total-timesteps", 200)
+        sac.main(["--resume", str(folder), "--total-timesteps", "400"])
+        assert contents(folder) == whole
+    assert len(whole[FILE]) < 100_000  # a row of Hopper has 64 bytes
     folder = train(sac, tmp_path / "gone", *DURABLE, "--no-keep-replay", "--total-timesteps", 200)
     kept = contents(folder)
     capsys.readouterr()
