@@ -17,7 +17,7 @@
 #     STEPS                 environment steps of each run
 #                           (1,000,000 with continuous, 500,000 with discrete actions)
 #     JOBS                  processes at once (number of cores)
-#     FLAGS                 further flags for every run, "--hidden-size 128" for example
+#     FLAGS                 further flags for every run, "--hidden-size 128" for example: words, or lines
 #     RUNS_DIR              folder of the run folders, one for each choice of STEPS and FLAGS (runs)
 #     RESULTS_DIR           folder of the tables (RUNS_DIR/results)
 #     FIGURES_DIR           folder of the figures (RUNS_DIR/figures)
@@ -72,6 +72,9 @@ sys.exit(not (f("gymnasium") and f("torch")))'
     ((${#envs[@]})) || fail "ENVS must name an environment"
     ((${#seeds[@]})) || fail "SEEDS must name a seed"
     ((${#methods[@]})) || fail "METHODS must name a method"
+    local evaluates_nothing='--eval[-_]episodes[= ]0+ '
+    [[ ! "${extra_flags[*]} " =~ $evaluates_nothing ]] ||
+        fail "FLAGS must not have --eval-episodes 0, because a run is finished when it is evaluated: drop it"
     local seed method
     for seed in "${seeds[@]}"; do
         [[ $seed =~ ^(0|[1-9][0-9]*)$ ]] || fail "SEEDS must be numbers without leading zeros, got $seed"
@@ -137,20 +140,25 @@ method_command() { # sets script and method_flags for method $1 and $2 (continuo
 
 # Jobs: a job is an index into the arrays job_envs, job_kinds, job_methods, job_seeds and job_names
 
-look_at_environments() { # prints a line for each of $@: the kind of its actions, its name in folders
+look_at_environments() { # prints a line for each of envs: the kind of its actions, its name in folders
     # What cannot be made is called continuous, and fails later as a job, with its reason in the log. What the
-    # modules of environments print when they are imported is no answer, and goes where errors go.
-    "$PYTHON" -W ignore - "$HERE" "$@" 2> /dev/null <<< '
-import os, sys, gymnasium
+    # modules of environments print when they are imported is no answer, and goes where errors go. Of FLAGS
+    # the arguments of environments matter, without which some cannot be made.
+    "$PYTHON" -W ignore - "$HERE" "${#envs[@]}" "${envs[@]}" "${extra_flags[@]}" 2> /dev/null <<< '
+import argparse, json, os, sys, gymnasium
 answers = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(2, 1)
 sys.path.insert(0, sys.argv[1])
 from support import games
 from support.names import slug
-for env_id in sys.argv[2:]:
+first_flag = 3 + int(sys.argv[2])
+parser = argparse.ArgumentParser(allow_abbrev=False)
+parser.add_argument("--env-kwargs", "--env_kwargs", type=json.loads, default={})
+for env_id in sys.argv[3:first_flag]:
     try:
+        known, _ = parser.parse_known_args(sys.argv[first_flag:])
         games.register(env_id)
-        space = gymnasium.make(env_id, disable_env_checker=True).action_space
+        space = gymnasium.make(env_id, disable_env_checker=True, **known.env_kwargs).action_space
     except BaseException:
         space = None
     kind = "discrete" if isinstance(space, gymnasium.spaces.Discrete) else "continuous"
@@ -160,7 +168,7 @@ for env_id in sys.argv[2:]:
 
 list_jobs() { # fills the arrays of jobs, seeds outermost, so that early results compare
     local answers seed method i
-    mapfile -t answers < <(look_at_environments "${envs[@]}")
+    mapfile -t answers < <(look_at_environments)
     ((${#answers[@]} == ${#envs[@]})) || fail "PYTHON=$PYTHON cannot look at the environments: ${envs[*]}"
     job_envs=() job_kinds=() job_methods=() job_seeds=() job_names=()
     for seed in "${seeds[@]}"; do
@@ -230,6 +238,15 @@ work() { # becomes the process of job $1; waits for another one that has the job
 
 # What is done with the jobs
 
+plot_command() { # sets command to what makes tables and figures of the finished runs
+    command=(
+        "$PYTHON" "$HERE/tools/plot.py"
+        "--runs-dir=$RUNS_DIR"
+        "--results-dir=${RESULTS_DIR:-$RUNS_DIR/results}"
+        "--figures-dir=${FIGURES_DIR:-$RUNS_DIR/figures}"
+    )
+}
+
 dry_run() { # prints the commands of what is left, quoted for a shell
     local job
     for job in "${!job_names[@]}"; do
@@ -277,8 +294,12 @@ submit_to_slurm() { # hands all jobs to Slurm, as one array of which JOBS run at
     arguments+=(--wrap "exec bash $(quoted "$HERE/benchmark.sh") --job \$SLURM_ARRAY_TASK_ID")
     export ENVS SEEDS METHODS STEPS FLAGS RUNS_DIR PYTHON # those that are not set stay so
     id=$(sbatch "${arguments[@]}")
-    local afterwards="python tools/plot.py --runs-dir $(quoted "$RUNS_DIR")"
-    printf '%s\n' "Slurm array $id of ${#job_names[@]} jobs, results into $RUNS_DIR; afterwards: $afterwards"
+    plot_command
+    local word afterwards=
+    for word in "${command[@]}"; do
+        afterwards+=" $(quoted "$word")"
+    done
+    printf '%s\n' "Slurm array $id of ${#job_names[@]} jobs, results into $RUNS_DIR; afterwards:$afterwards"
 }
 
 # The queue on this machine. Its state:
@@ -381,8 +402,8 @@ show_failures() {
 }
 
 draw_results() {
-    "$PYTHON" "$HERE/tools/plot.py" "--runs-dir=$RUNS_DIR" "--results-dir=${RESULTS_DIR:-$RUNS_DIR/results}" \
-        "--figures-dir=${FIGURES_DIR:-$RUNS_DIR/figures}"
+    plot_command
+    "${command[@]}"
 }
 
 run_local_queue() {

@@ -9,8 +9,8 @@ from support.environments import check_env_id, find_modules_here
 from support.evaluation import evaluate_run
 from support.flags import check_run_flags, given_flags, parse_args, print_anything
 from support.games import check_packages
-from support.run_folder import check_runs_dir
-from support.saved import go_on, load_to_evaluate, load_to_resume
+from support.run_folder import check_run_folder, check_runs_dir
+from support.saved import load_to_evaluate, load_to_resume
 
 
 def own_process() -> None:
@@ -44,15 +44,14 @@ def start(Args, check_args, train, Actor, description: str, argv: list[str] | No
     checkpoint = None
     if args.resume:
         args, checkpoint = load_to_resume(args, argv)
-    with contextlib.ExitStack() as refused:
+    with contextlib.ExitStack() as ended:
         if args.resume:
-            refused.callback(checkpoint["lock"].release)
+            ended.callback(checkpoint["lock"].release)  # whatever is refused, in train() too
         check_run_flags(args)
         check_args(args)
         check_env_id(args.env_id)
         if args.resume:
-            go_on(args, checkpoint)
+            check_run_folder(args.resume)
         else:
             check_runs_dir(args.runs_dir)
-        refused.pop_all()  # all is right, the run keeps its lock
-    return train(args, checkpoint)
+        return train(args, checkpoint)

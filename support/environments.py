@@ -161,15 +161,20 @@ def unflattenable(space: gym.Space, name: str = "") -> str:
     return f"part {name} is {space}" if name else f"they are {space}"
 
 
+def can_be_rescaled(space: gym.Space) -> bool:
+    """Whether actions are real numbers in a box that [-1, 1] can be stretched to."""
+    if not isinstance(space, gym.spaces.Box) or not np.issubdtype(space.dtype, np.floating):
+        return False
+    return bool((np.isfinite(space.low) & np.isfinite(space.high) & (space.low < space.high)).all())
+
+
 def rescales(wish: str, space: gym.Space) -> bool:
     """Whether the policy acts in [-1, 1] instead of in the box itself. A Gaussian policy begins with mean 0
     and deviation 1, and is content with boxes that are ten times larger or smaller: MuJoCo's stay as they
     are."""
-    if not isinstance(space, gym.spaces.Box) or not np.issubdtype(space.dtype, np.floating):
+    if wish == "off" or not can_be_rescaled(space):
         return False
     low, high = space.low.astype(float), space.high.astype(float)
-    if wish == "off" or not (np.isfinite(low) & np.isfinite(high) & (low < high)).all():
-        return False
     half = (high - low) / 2
     centre = (high + low) / 2
     usual = (half >= 0.1) & (half <= 10) & (np.abs(centre) <= half)
@@ -273,6 +278,9 @@ class Environments:
             problem = f"returns observations of shape {shapes.pop()}, not {space.shape} as it says: repair it"
         if problem:
             fail(f"--env-id {self.args.env_id} {problem}")
+        if self.args.rescale_actions == "on" and not can_be_rescaled(found):
+            what = f"{self.args.env_id}, whose actions {found} have no bounded box"
+            self.args.refuse("rescale_actions", f"be auto or off for {what}")
 
     def note_what_was_changed(self, images: bool) -> None:
         """Says what the policy does not see or do as the environment has it."""

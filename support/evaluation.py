@@ -16,7 +16,7 @@ from support.acting import numpy_policy
 from support.environments import EVALUATION, Environments, RunningMeanStd, make_env
 from support.flags import FOREIGN, fail, say, shown
 from support.names import slug
-from support.run_folder import MODEL, EnvironmentFailed, Run, misfit
+from support.run_folder import MODEL, Run, Stop, misfit
 
 
 class Episodes(NamedTuple):
@@ -110,7 +110,7 @@ def finish(run: Run, actor, critic, envs: Environments, args, **others) -> None:
         try:
             found = play(actor, envs.normalize, args)
         except FOREIGN as problem:  # whatever a foreign environment raises
-            raise EnvironmentFailed(args.env_id, envs.steps) from problem
+            raise Stop(f"the evaluation at the end failed in {args.env_id}") from problem
         rows = zip(found.returns.tolist(), found.lengths.tolist(), found.cut.astype(int).tolist())
         lines = ["return,length,cut", *(f"{r!r},{n},{cut}" for r, n, cut in rows)]
         run.save("evaluation.csv", "\n".join(lines) + "\n")

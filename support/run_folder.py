@@ -155,6 +155,14 @@ def check_runs_dir(runs_dir: str) -> None:
         fail(f"--runs-dir {runs_dir} is not writable ({problem.strerror}): name another folder")
 
 
+def check_run_folder(folder: str) -> None:
+    """Refuses to go on with a run whose folder cannot be written."""
+    try:
+        tempfile.TemporaryDirectory(dir=folder).cleanup()
+    except OSError as problem:
+        fail(f"--resume {folder} cannot be written ({problem.strerror}): make room, or make it writable")
+
+
 def lock_folder(folder: Path) -> filelock.BaseFileLock:
     """Keeps other processes from writing the run, until it is released or its process ends."""
     held = filelock.FileLock(folder / LOCK, blocking=False)
@@ -175,8 +183,8 @@ def misfit(flag: str, path, problem: Exception) -> NoReturn:
 
 
 class Run:
-    """The run folder of args, a new one or, with a checkpoint, the one that args.resume names; one process
-    writes it.
+    """The run folder of args, a new one or, with a checkpoint, which saved.load_to_resume returns, the one
+    that args.resume names; one process writes it.
 
         with Run(args, iterations, parts, checkpoint) as run:
             for iteration in run.iterations():
@@ -224,10 +232,6 @@ class Run:
                 self.handlers[number] = signal.signal(number, self.on_signal)
         if sys.stdout.isatty():
             self.bar = tqdm(total=args.total, unit=args.unit, file=sys.stdout)
-        if args.track:
-            self.begin_broadcast()
-        if args.tensorboard:
-            self.begin_events()
 
     def make_folder(self) -> Path:
         args = self.args
@@ -257,7 +261,14 @@ class Run:
 
     def iterations(self):
         """The numbers of the iterations that are left; after each of them a checkpoint or the end, if due."""
-        first = self.restore_parts() if self.restored else 0
+        first = 0
+        if self.restored:
+            first = self.restore_parts()
+            self.go_on()  # nothing can be refused any more: only from here on does the folder change
+        if self.args.track:
+            self.begin_broadcast()
+        if self.args.tensorboard:
+            self.begin_events()
         self.start = time.perf_counter()
         if self.parts and not self.restored:
             self.write_checkpoint(0)  # from now on a killed run can go on
@@ -277,11 +288,40 @@ class Run:
         try:
             self.earlier = saved["wall"]
             self.seconds |= saved["seconds"]
-            for name, part in self.parts.items():
-                restore(part, saved["parts"][name])
+            # The replay memory last: it writes into its file, which must not change if another is refused
+            for name in sorted(self.parts, key=lambda name: name == "replay"):
+                restore(self.parts[name], saved["parts"][name])
             return saved["iteration"]
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as problem:
             misfit("--resume", self.args.resume, problem)
+
+    def go_on(self) -> None:
+        """What changes in the folder of a run that goes on.
+
+        An older checkpoint becomes the last one: the newer one counts on rows that will now be written again.
+        A larger --total-timesteps moves the end of the run, which may have been reached: config.json then has
+        the new one, and what was evaluated at the old one keeps its numbers under another name. Rows after
+        the checkpoint are dropped, because they are measured again.
+        """
+        with self.storing():
+            if self.restored["path"].name != CHECKPOINT:
+                os.replace(self.restored["path"], self.folder / CHECKPOINT)
+            before = self.restored["args"].total_timesteps
+            if self.args.total_timesteps != before:
+                self.move_the_end(before)
+            for name, file in self.files.items():
+                kept = (self.folder / name).read_bytes().splitlines(keepends=True)[: self.lines[name]]
+                file.truncate(sum(map(len, kept)))
+
+    def move_the_end(self, before: int) -> None:
+        """Makes --total-timesteps, which was `before`, the end of the run."""
+        if (self.folder / "evaluation.csv").exists():
+            os.replace(self.folder / "evaluation.csv", self.folder / f"evaluation.{before}.csv")
+        self.config["flags"]["total_timesteps"] = self.args.total_timesteps
+        self.save("config.json", json.dumps(self.config, indent=2) + "\n")
+        total = f"{self.args.total_timesteps:,} steps, not at {before:,}"
+        schedule = "" if self.args.anneal_timesteps else "; with --anneal-lr step sizes fall to 0 there"
+        say(f"note: {self.folder} now ends at {total}{schedule}", error=True)
 
     def write_checkpoint(self, iteration: int) -> None:
         """Saves the parts, and how many rows of the csv files, brought to disk before, belong to them."""
@@ -300,13 +340,11 @@ class Run:
     # Rows and files
 
     def open_table(self, name: str, header: str = "") -> None:
-        """Opens a csv file for write(). Rows after the checkpoint are dropped: they are measured again."""
+        """Opens a csv file for write()."""
         path = self.folder / name
         with self.storing():
             self.files[name] = open(path, "a", buffering=1, encoding="utf-8")  # flushed at every line
-            self.lines[name] = self.restored["lines"][name] if self.restored else 0
-            kept = path.read_bytes().splitlines(keepends=True)[: self.lines[name]]
-            self.files[name].truncate(sum(map(len, kept)))
+        self.lines[name] = self.restored["lines"][name] if self.restored else 0
         if header and not self.lines[name]:
             self.write(name, header)
 

@@ -6,7 +6,6 @@ Damaged and foreign files are refused in one line, and what they contain is neve
 import json
 import os
 import shlex
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 
 from support.flags import check_ranges, fail, given_flags, say, script_of, shown
 from support.replay import FILE as REPLAY
-from support.run_folder import CHECKPOINT, MODEL, PREVIOUS, git_commit, lock_folder, versions, write_whole
+from support.run_folder import CHECKPOINT, MODEL, PREVIOUS, git_commit, lock_folder, versions
 
 
 def load(flag: str, args, *names: str) -> tuple[dict, Path]:
@@ -97,16 +96,19 @@ def own_flags(args, argv: list[str] | None, saved: dict, free: set[str], why: st
 
 
 def load_to_resume(args, argv: list[str] | None):
-    """The flags of the run to go on with and its last checkpoint, to which "lock" is added, the lock of its
-    folder. --resume names the folder, or one of its checkpoints."""
+    """The flags of the run to go on with and its last checkpoint, to which are added "lock", the lock of its
+    folder, and "path", its own. --resume names the folder, or one of its checkpoints."""
     folder = Path(args.resume if os.path.isdir(args.resume) else os.path.dirname(args.resume))
     if not os.path.exists(folder / "config.json"):
         fail(f"--resume {args.resume} is not the folder of a run")
     held = lock_folder(folder)  # before the checkpoint is read, which another process may be about to replace
     try:
         checkpoint, path = load("--resume", args, CHECKPOINT, PREVIOUS)
+        if checkpoint["args"].cuda and not torch.cuda.is_available():  # no CPU can go on from its generators
+            where = "torch finds none here: resume it on a machine that has one"
+            fail(f"--resume {folder}: the run began with --cuda, so that it goes on on a GPU only; {where}")
         why = "cannot change on the way, --resume goes on with the flags of the run"
-        free = {"resume", "cuda", "track", "tensorboard", "total_timesteps"}
+        free = {"resume", "track", "tensorboard", "total_timesteps"}
         own = own_flags(args, argv, checkpoint, free, why)
         if own["total_timesteps"] < (before := checkpoint["args"].total_timesteps):
             fail(f"--total-timesteps may only grow on the way, from {before:,} on: drop it or raise it")
@@ -121,33 +123,6 @@ def load_to_resume(args, argv: list[str] | None):
     return args, checkpoint | {"lock": held, "path": path}
 
 
-def go_on(args, checkpoint: dict) -> None:
-    """What changes in the folder of a run that goes on, when all flags have been found right.
-
-    An older checkpoint becomes the last one: the newer one counts on rows that will now be written again. A
-    larger --total-timesteps moves the end of the run, which may have been reached: config.json then has the
-    new one, and what was evaluated at the old one keeps its numbers under another name.
-    """
-    folder = Path(args.resume)
-    config = checkpoint["config"]
-    before = checkpoint["args"].total_timesteps
-    try:
-        tempfile.TemporaryDirectory(dir=folder).cleanup()
-        if checkpoint["path"].name != CHECKPOINT:
-            os.replace(checkpoint["path"], folder / CHECKPOINT)
-        if args.total_timesteps != before:
-            if os.path.exists(folder / "evaluation.csv"):
-                os.replace(folder / "evaluation.csv", folder / f"evaluation.{before}.csv")
-            config["flags"]["total_timesteps"] = args.total_timesteps
-            write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
-            total = f"{args.total_timesteps:,} steps, not at {before:,}"
-            schedule = "" if args.anneal_timesteps else "; with --anneal-lr step sizes fall to 0 there"
-            say(f"note: {folder} now ends at {total}{schedule}", error=True)
-    except OSError as problem:
-        reason = problem.strerror or shown(problem)
-        fail(f"--resume {folder} cannot be written ({reason}): make room, or make it writable")
-
-
 def load_to_evaluate(args, argv: list[str] | None):
     """The flags to evaluate with, and path and contents of the model, or last checkpoint, of --evaluate."""
     saved, path = load("--evaluate", args, MODEL, CHECKPOINT, PREVIOUS)
@@ -157,4 +132,5 @@ def load_to_evaluate(args, argv: list[str] | None):
     why = "has no part in --evaluate, which takes it from the run"
     own = own_flags(args, argv, saved, here | {"seed"}, why)
     own |= {name: getattr(args, name) for name in here}  # of the command line or by default, never the run's
-    return type(args)(**own | {"cuda": False}), path, saved  # the policy acts in NumPy
+    own |= {"cuda": False, "track": False, "tensorboard": False}  # the policy acts in NumPy, and logs nothing
+    return type(args)(**own), path, saved

@@ -75,7 +75,7 @@ case "$*" in
     "-c "*) exit ;;
     "-W ignore - "*)
         shift 4
-        for env_id in "$@"; do
+        for env_id in "${{@:2:$1}}"; do
             [[ $env_id == CartPole* ]] && echo "discrete $env_id" || echo "continuous $env_id"
         done
         exit ;;
@@ -292,12 +292,24 @@ def test_a_job_that_cannot_begin_is_a_failure(tmp_path):
 
 
 def test_at_most_as_many_as_jobs_says(tmp_path):
-    """Every job counts those that run beside it."""
-    count = f"(cd {tmp_path}/bin; mkdir run.$$; sleep 0.2; ls -d run.* | wc -l >> counts; rmdir run.$$)\n"
+    """Every job counts those that run beside it, and the first three wait for each other: one after the other
+    they would wait in vain, and fail."""
+    count = f"""
+cd {tmp_path}/bin
+mkdir run.$$ begun.$$
+for attempt in {{1..1500}}; do
+    if (($(ls -d begun.* | wc -l) >= 3)); then break; fi
+    if ((attempt == 1500)); then exit 1; fi
+    sleep 0.02
+done
+sleep 0.2
+ls -d run.* | wc -l >> counts
+rmdir run.$$
+"""
     settings = dict(PYTHON=stand_in(tmp_path, count), ENVS="Pendulum-v1", METHODS="blpo", SEEDS="1 2 3 4 5 6")
     finish(benchmark(tmp_path, **settings, JOBS="3"))
     counts = [int(line) for line in (tmp_path / "bin" / "counts").read_text().split()]
-    assert len(counts) == 6 and max(counts) <= 3
+    assert len(counts) == 6 and max(counts) == 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
@@ -415,6 +427,33 @@ def test_chatty_modules_and_short_runs(tmp_path):
     assert out == ""  # the scripts spell their folders as benchmark.sh expects them
 
 
+NEEDY = """
+import gymnasium
+from gymnasium.envs.classic_control import CartPoleEnv
+class Needy(CartPoleEnv):
+    def __init__(self, size, render_mode=None):
+        assert size == 3
+        super().__init__()
+gymnasium.register("Needy-v0", Needy)
+"""
+
+
+def test_environments_are_looked_at_with_their_arguments(tmp_path):
+    """Without which this one cannot be made, so that nobody would know that its actions are discrete."""
+    (tmp_path / "needy.py").write_text(NEEDY)
+    settings = dict(ENVS="Pendulum-v1 needy:Needy-v0", METHODS="nested", SEEDS="1", PYTHONPATH=str(tmp_path))
+
+    def scripts(flags):
+        out, _ = finish(benchmark(tmp_path, "--dry-run", **settings, FLAGS=flags))
+        return [Path(words[1]).name for words in commands(out)]
+
+    for flags in ('--env-kwargs {"size":3}', '--gamma=0.9\n--env_kwargs={"size": 3}'):
+        assert scripts(flags)[1] == "blpo_discrete.py"
+    for flags in ("", '--env-kwargs {"size":4}', "--env-kwargs", "--env-kwargs 3", "--env-kwargs {"):
+        assert scripts(flags)[1] == "blpo_continuous.py"  # where the job will say what is wrong
+    assert scripts("--gamma 0.9 --eval-episodes 07")[0] == "blpo_continuous.py"
+
+
 @pytest.mark.parametrize("name", ["my*runs?[a]", "--help", "a b'\"\\$(touch pwned)%j"])
 def test_a_folder_is_a_name_and_no_pattern(name, tmp_path):
     """What is finished is skipped, what was interrupted is resumed: of this folder, not of one like it."""
@@ -452,7 +491,7 @@ def test_names_are_data(tmp_path):
 
 
 BAD_SETTINGS = ["METHODS=best", "SEEDS=one", "SEEDS=01", "STEPS=-1", "JOBS=0", "LAUNCHER=moon"]
-BAD_SETTINGS += ["PYTHON=/nowhere/python"]
+BAD_SETTINGS += ["PYTHON=/nowhere/python", "FLAGS=--eval-episodes 0"]
 
 
 @pytest.mark.parametrize("setting", BAD_SETTINGS)
@@ -461,6 +500,13 @@ def test_bad_settings_are_one_line(setting, tmp_path):
     _, err = finish(benchmark(tmp_path, **dict(PYTHON=stand_in(tmp_path)) | {name: value}), status=2)
     assert err.startswith("error: ") and name in err and value in err and err.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("flags", ["--eval_episodes=0 --gamma 0.9", "--gamma=0.9\n--eval-episodes\n0"])
+def test_runs_that_are_not_evaluated_are_refused(flags, tmp_path):
+    """They would never count as finished, and be resumed for ever."""
+    _, err = finish(benchmark(tmp_path, PYTHON=stand_in(tmp_path), FLAGS=flags), status=2)
+    assert err.startswith("error: FLAGS must not have --eval-episodes 0") and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("flags", [["--dri-run"], ["--job"], ["--job", "6"], ["--job", "a[$(touch pwned)]"]])
@@ -502,8 +548,14 @@ echo 7
         "--mem=2G",
     ]
     assert wrap == "--wrap" and command.endswith(" --job $SLURM_ARRAY_TASK_ID")
-    afterwards = "python tools/plot.py --runs-dir 'runs'"
-    assert out == f"Slurm array 7 of 6 jobs, results into runs; afterwards: {afterwards}\n"
+    told, afterwards = out.split("; afterwards: ")
+    assert told == "Slurm array 7 of 6 jobs, results into runs"
+    drawn = subprocess.check_output(["sh", "-c", afterwards], text=True)
+    assert drawn == "drawn: --runs-dir=runs --results-dir=runs/results --figures-dir=runs/figures\n"
+    places = dict(RUNS_DIR="runs", RESULTS_DIR="my results", FIGURES_DIR="-f")
+    out, _ = finish(benchmark(tmp_path, script=script, **settings, **places))
+    drawn = subprocess.check_output(["sh", "-c", out.split("; afterwards: ")[1]], text=True)
+    assert drawn == "drawn: --runs-dir=runs --results-dir=my results --figures-dir=-f\n"
     assert finished(tmp_path) == ["Pendulum-v1__blpo__1"], err
     # what follows a % in --output is replaced by Slurm: a folder's own is doubled
     finish(benchmark(tmp_path, script=script, **settings, RUNS_DIR="50%a"))

@@ -16,6 +16,8 @@ import torch
 
 import blpo_continuous as blpo
 import ppo_continuous as ppo
+import ppo_discrete
+import sobirl_continuous as sobirl
 from support import environments, flags, run_folder
 from support.flags import check_ranges, parse_args
 from tests.test_scripts import DISCRETE, ROOT, SCRIPTS, TINY, load, refused, rows, run, train
@@ -298,6 +300,33 @@ def test_a_run_on_the_gpu_is_evaluated_without_one(tmp_path, capsys):
     assert "evaluation, 1 deterministic" in capsys.readouterr().out
 
 
+def test_a_logged_run_is_evaluated_without_the_packages(tmp_path, capsys, monkeypatch):
+    """Evaluations log nothing."""
+    folder = train(ppo, tmp_path, *PENDULUM)
+    saved = torch.load(folder / "model.pt", weights_only=True)
+    saved["config"]["flags"] |= {"tensorboard": True, "track": True}
+    torch.save(saved, tmp_path / "model.pt")
+    monkeypatch.setattr(flags.importlib.util, "find_spec", lambda name: None)
+    ppo.main(["--evaluate", str(tmp_path / "model.pt"), "--eval-episodes", "1"])
+    assert "evaluation, 1 deterministic" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_on_the_kind_of_device_that_it_began_on(tmp_path, capsys, monkeypatch):
+    """The states of its generators fit no other."""
+    folder = train(ppo, tmp_path, *PENDULUM)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "--cuda cannot change on the way" in refused(ppo, capsys, "--resume", folder, "--cuda")
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    saved["config"]["flags"]["cuda"] = True
+    torch.save(saved, folder / "checkpoint.pt")
+    (folder / "config.json").write_text(json.dumps(saved["config"]))
+    assert "--cuda cannot change on the way" in refused(ppo, capsys, "--resume", folder, "--no-cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for more in ([], ["--no-cuda"]):
+        err = refused(ppo, capsys, "--resume", folder, *more)
+        assert "the run began with --cuda" in err and "torch finds none here" in err
+
+
 # Wishes
 
 
@@ -375,6 +404,42 @@ def test_a_refused_resume_changes_nothing(tmp_path, capsys, monkeypatch):
         assert "config.json is damaged" in refused(ppo, capsys, "--resume", folder)
 
 
+def bytes_of(folder):
+    """All files, holes at their ends apart."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder): path.read_bytes().rstrip(b"\0") for path in paths}
+
+
+def test_a_resume_that_training_refuses_changes_nothing(tmp_path, capsys, monkeypatch):
+    """Also where it is the environment, the replay memory or a part that is not as it was."""
+    few = ["--outer-steps", 20, "--learning-starts", 50, "--batch-size", 8, "--hidden-size", 8]
+    few += ["--env-id", "Pendulum-v1", "--total-timesteps", 200, "--checkpoint-every", 3]
+    folder = train(sobirl, tmp_path, *few, "--method", "sac", "--keep-replay", "--eval-episodes", 1)
+    with open(folder / "progress.csv", "a") as file:
+        file.write("7,7")  # no checkpoint counts on it
+    monkeypatch.setattr(run_folder.Run, "begin_broadcast", lambda run: (run.folder / "wandb").touch())
+
+    def refusals(expected):
+        before = bytes_of(folder)
+        for place in (folder, folder / "checkpoint.previous.pt"):
+            more = ["--total-timesteps", 400, "--track"]
+            assert expected in refused(sobirl, capsys, "--resume", place, *more)
+            assert bytes_of(folder) == before
+
+    with monkeypatch.context() as patch:
+        patch.setattr(environments, "make_env", lambda args: 1 / 0)
+        refusals("cannot be made")
+    with monkeypatch.context() as patch:
+        patch.setattr(sobirl, "generators", lambda args: {"another": torch.default_generator})
+        refusals("does not fit")
+    whole = (folder / "replay.bin").read_bytes()
+    (folder / "replay.bin").write_bytes(whole[:1000])
+    refusals("replay.bin is gone or damaged")
+    (folder / "replay.bin").write_bytes(whole)
+    sobirl.main(["--resume", str(folder), "--total-timesteps", "400"])
+    assert [row["global_step"] for row in rows(folder / "progress.csv")] == list(range(20, 401, 20))
+
+
 def test_a_finished_run_can_go_on(tmp_path, capsys):
     """To twice its length, with the schedule of the longer one from there on; and again after a kill."""
     flags_ = [*TINY, "--env-id", "Hopper-v4", "--checkpoint-every", 3]
@@ -448,6 +513,22 @@ def test_boxes_of_the_size_of_one_stay():
         assert not environments.rescales(wish, box(-np.inf, np.inf, (2,)))
         assert not environments.rescales(wish, environments.gym.spaces.Discrete(3))
     assert not environments.rescales("off", box(-2000 * ones, 2000 * ones))
+
+
+@pytest.mark.parametrize(
+    "script, env_id, kind",
+    [
+        (ppo, f"{PROBES}Unbounded-v0", environments.gym.spaces.Box),
+        (ppo_discrete, "CartPole-v1", environments.gym.spaces.Discrete),
+    ],
+)
+def test_what_cannot_be_rescaled_is_not_asked_for_in_vain(script, env_id, kind, tmp_path, capsys):
+    ask = [*TINY, "--env-id", env_id, "--total-timesteps", 64, "--runs-dir", tmp_path, "--rescale-actions"]
+    err = refused(script, capsys, *ask, "on")
+    assert "--rescale-actions must be auto or off" in err and env_id in err
+    for wish in ("auto", "off"):
+        envs = environments.Environments(script.Args(env_id=env_id, rescale_actions=wish), kind)
+        assert isinstance(envs.action_space, kind)
 
 
 def test_tensorboard(tmp_path, capsys, monkeypatch):
