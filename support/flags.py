@@ -114,7 +114,7 @@ class RunFlags(Flags):
     total_timesteps: Count
     """environment steps in total, over all environments, rounded down to whole rollouts"""
     anneal_timesteps: Natural = 0
-    """steps over which --anneal-lr decays the step sizes (0: --total-timesteps), as if the run went on"""
+    """steps over which --anneal-lr decays the step sizes, at least --total-timesteps (0: just these)"""
     exp_name: Name = ""
     """name of the experiment, part of the run folder's name (empty: the script's name)"""
     seed: Seed = 1
@@ -122,8 +122,8 @@ class RunFlags(Flags):
     env_kwargs: Json = "{}"
     """arguments of the environment, as JSON: '{"is_slippery": false}'"""
     rescale_actions: Literal["auto", "on", "off"] = "auto"
-    """act in [-1, 1] and rescale to the action box; "auto": where 0 is not in the box, or half of a side not
-    between 0.1 and 10"""
+    """act in [-1, 1] and rescale to the action box;
+    "auto": where 0 is not in the box, or half of one of its sides is not between 0.1 and 10"""
     runs_dir: str = "runs"
     """folder that receives the run folder {env_id}__{exp_name}__{seed}__{unix time}"""
     checkpoint_every: Natural = 0

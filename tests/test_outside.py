@@ -91,7 +91,9 @@ def test_closed_streams_do_not_write_into_a_run(closed, tmp_path):
     """A file that is opened gets the number of a closed stream, and what is printed would land in it."""
     words = [sys.executable, f"{ROOT}/ppo_continuous.py", *PENDULUM, "--runs-dir", tmp_path]
     longer = ["--total-timesteps", "1000000"]
-    shell = f"{shlex.join(map(str, words + longer))} {closed} & sleep 4; kill -TERM $!; wait $!"
+    rows_there = f"$(cat {shlex.quote(str(tmp_path))}/*/progress.csv 2> /dev/null | wc -l)"
+    waiting = f"while kill -0 $! && (({rows_there} < 5)); do sleep 0.1; done"
+    shell = f"{shlex.join(map(str, words + longer))} {closed} & {waiting}; kill -TERM $!; wait $!"
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
     assert done.returncode == 143, done
     (folder,) = tmp_path.iterdir()
