@@ -824,7 +824,7 @@ def test_aggregate_figure():
     assert left.get_xlim() == (0, 1)
     colours = [line.get_color() for line in left.lines]
     assert colours[0] == colours[1] == results.STYLES["nested"][0] != colours[2] == colours[3]
-    assert shared_legend(left.figure) == ["area, first quarter", "final return"]
+    assert shared_legend(left.figure) == ["AUC, first quarter", "final return"]
 
 
 def test_runtime_figure():

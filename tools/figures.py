@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image  # which matplotlib needs, too
 
+from tools.learning import MEASURES
 from tools.results import label, method_order, style
 from tools.tables import half_width
 
@@ -248,12 +249,8 @@ def curve_figures(curves) -> dict[str, Figure]:
 # Aggregates
 
 
-# The measures of learning.py that a figure compares methods by: marker, label
-MEASURES = {
-    "AUC25": ("^", "area, first quarter"),
-    "AUC": ("s", "area"),
-    "final": ("o", "final return"),
-}
+# The measures of learning.py that a figure compares methods by, and their markers
+MARKERS = {"AUC25": "^", "AUC": "s", "final": "o"}
 
 
 def draw_aggregate(compared) -> Figure:
@@ -262,15 +259,15 @@ def draw_aggregate(compared) -> Figure:
 
     compared: as from `learning.comparisons`, not empty.
     """
-    shown = {name: compared[name] for name in MEASURES if name in compared}
+    shown = {name: compared[name] for name in MARKERS if name in compared}
     methods = sorted({method for found in shown.values() for method in found}, key=method_order)
     tasks = {m: [found[m].environments for found in shown.values() if m in found] for m in methods}
     figure = Figure(figsize=(9, 0.55 * len(methods) + 1.5))
     left, right = figure.subplots(1, 2, sharey=True)
     handles = {}
     for name, found in shown.items():
-        marker, meaning = MEASURES[name]
-        offset = 0.24 * (1 - list(MEASURES).index(name))
+        marker = MARKERS[name]
+        offset = 0.24 * (1 - list(MARKERS).index(name))
         for method, comparison in found.items():
             y = len(methods) - 1 - methods.index(method) + offset
             for axis, value in ((left, comparison.chance), (right, comparison.difference)):
@@ -279,7 +276,7 @@ def draw_aggregate(compared) -> Figure:
                 colour = style(method)[0]
                 (line,) = axis.plot([value.low, value.high], [y, y], color=colour, linewidth=1.5)
                 axis.plot(value.value, y, marker, color=line.get_color(), markersize=5)
-        handles[meaning] = Line2D([], [], color="grey", marker=marker, linewidth=1.5)
+        handles[MEASURES[name]] = Line2D([], [], color="grey", marker=marker, linewidth=1.5)
     left.set(yticks=range(len(methods)), ylim=(-0.6, len(methods) - 0.4), xlim=(0, 1))
     left.set_yticklabels([f"{label(method)} ({max(tasks[method])} tasks)" for method in methods[::-1]])
     left.set_xlabel("P(BLPO better), pairs of runs")
