@@ -16,7 +16,7 @@ PANELS = (
     ("return_100", "return, last 100 episodes", False),
     ("accuracy_replay", "accuracy on old pairs", False),
     ("accuracy_fresh", "accuracy on new pairs", False),
-    ("ratio", "second term / first, unbounded", True),
+    ("ratio", "second term / first, before the bound", True),
     ("inverse_alpha", "1 / temperature", True),
 )
 
