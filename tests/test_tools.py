@@ -387,6 +387,12 @@ def summary_of(groups, **flags):
     return lines, groups
 
 
+def measured_of(groups, **flags):
+    """The measures of such runs, and their curves."""
+    summary, curves = summary_of(groups, **flags)
+    return learning.measures(summary, curves), curves
+
+
 def test_measures_follow_the_budget_of_a_run():
     groups = {
         ("E", "blpo"): [curve([0, 100, 200, 400], [0, 4, 4, 8]), curve([0, 100, 200, 400], [0, 0, 2, 2])],
@@ -448,7 +454,7 @@ def test_the_table_of_learning_speed():
     level = [curve([0, 400], [0, 8]), curve([0, 400], [0, 6])]
     groups = {("E", "blpo"): [curve([0, 100, 400], [0, 7, 9])] * 2, ("E", "ppo-matched"): level}
     groups["E", "nested"] = [curve([0, 400], [0, 1])]  # a single seed
-    text = learning.table(learning.comparisons(*summary_of(groups, total_timesteps=400)))
+    text = learning.table(learning.comparisons(*measured_of(groups, total_timesteps=400)))
     lines = [line.split(" | ") for line in text.splitlines()[2:]]
     measures = ["AUC, first quarter", "AUC", "steps to half way", "final return"]
     assert [line[0] for line in lines] == [f"| {name}" for name in measures]
@@ -456,9 +462,9 @@ def test_the_table_of_learning_speed():
     assert {line[2] for line in lines} == {"1.00 (1.00 to 1.00)"}
     assert all(float(line[3]) == pytest.approx(1 / 3, abs=0.05) for line in lines)
     assert lines[2][4] == " |" and float(lines[1][4].split()[0]) > 0.5
-    alone = summary_of({("E", "blpo"): level}, total_timesteps=400)
+    alone = measured_of({("E", "blpo"): level}, total_timesteps=400)
     assert learning.comparisons(*alone) == {} and learning.without_area(*alone) == ""
-    assert learning.without_area(*summary_of(groups, total_timesteps=40_000)).count(",") == 4
+    assert learning.without_area(*measured_of(groups, total_timesteps=40_000)).count(",") == 4
 
 
 def test_holm_by_hand():
@@ -527,7 +533,7 @@ def test_published_tables_are_those_of_the_published_runs():
     folder = ROOT / "results"
     summary = results.read_csv(folder / "summary.csv")
     curves = results.load_curves(folder, summary)
-    compared = learning.comparisons(summary, curves)
+    compared = learning.comparisons(learning.measures(summary, curves), curves)
     parts = [tables.all_tables(summary), learning.table(compared)]
     parts.append(tabular.table(results.read_csv(folder / "tabular_summary.csv"), ("preference", "688")))
     assert "\n\n".join(parts) + "\n" == (folder / "tables.md").read_text(encoding="utf-8")

@@ -30,7 +30,8 @@ import tyro
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools.results import grouped, label, load_results, method_order, run_order, starting_returns
+from tools.results import grouped, has_return, label, load_results, method_order, run_order
+from tools.results import starting_returns
 from tools.tables import Estimate, beats, chance_of_improvement, environments_with_scale
 from tools.tables import iqm_difference, markdown, reference
 
@@ -90,7 +91,7 @@ def measures(summary: list[dict], curves) -> dict[str, dict]:
         env_id = group[0]
         pairs = list(zip(rows[group], runs, strict=True))
         found["AUC25"][group] = [area(curve, budget(row) // 4) for row, curve in pairs]
-        if not all(is_whole(row) and np.isfinite(float(row["return_100"])) for row in rows[group]):
+        if not all(is_whole(row) and has_return(row) for row in rows[group]):
             continue  # all measures are of the same runs
         found["AUC"][group] = [area(curve, budget(row)) for row, curve in pairs]
         found["final"][group] = finals[group]
@@ -172,11 +173,12 @@ def compare(values, start, method: str) -> Comparison | None:
     return Comparison(len(environments), chance_of_improvement(values, method, environments), p, difference)
 
 
-def comparisons(summary: list[dict], curves) -> dict[str, dict[str, Comparison]]:
-    """BLPO against every other method that can be compared, by measure and method."""
+def comparisons(measured, curves) -> dict[str, dict[str, Comparison]]:
+    """BLPO against every other method that can be compared, by measure and method. measured: as `measures`
+    returns it."""
     start = starting_returns(curves)
     found = {}
-    for name, values in measures(summary, curves).items():
+    for name, values in measured.items():
         scale = None if name == "steps" else start  # steps may be infinite
         methods = sorted({method for _, method in values} - {"blpo"}, key=method_order)
         compared = {method: compare(values, scale, method) for method in methods}
@@ -197,9 +199,9 @@ def table(compared: dict[str, dict[str, Comparison]]) -> str:
     return markdown(head, rows)
 
 
-def without_area(summary: list[dict], curves) -> str:
+def without_area(measured, curves) -> str:
     """A line that names the groups that have no area; empty if there are none."""
-    there = measures(summary, curves).get("AUC25", {})
+    there = measured.get("AUC25", {})
     missing = [f"{env_id} {label(method)}" for env_id, method in curves if (env_id, method) not in there]
     if not missing:
         return ""
@@ -221,10 +223,10 @@ def main(argv: list[str] | None = None) -> None:
     correction is over these methods."""
     args = tyro.cli(Args, args=argv, description=__doc__)
     summary, curves = load_results(args.results_dir)
-    found = measures(summary, curves)
+    measured = measures(summary, curves)
     rows = []
     for measure in args.measures:
-        values = found.get(measure, {})
+        values = measured.get(measure, {})
         compared = {method: compare(values, None, method) for method in args.against}
         if absent := [method for method, comparison in compared.items() if comparison is None]:
             what = f"of blpo and of {', '.join(absent)} to compare by {measure}"
@@ -239,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
             rows.append([MEASURES[measure], method, comparison.environments, runs, *chance, *ps])
     head = ["measure", "BLPO against", "environments", "runs", "P", "95 % interval", "p", "p, Holm"]
     print(markdown(head, rows))
-    if missing := without_area(summary, curves):
+    if missing := without_area(measured, curves):
         print(missing)
 
 

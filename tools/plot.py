@@ -63,7 +63,8 @@ def deep_runs(results_dir: Path, figures_dir: Path) -> str:
         finals = results.grouped(summary)
         parts = [preferences.table(summary, finals), preferences.against_drlhf(summary, finals)]
         return "\n\n".join(part for part in parts if part)
-    compared = learning.comparisons(summary, curves)
+    measured = learning.measures(summary, curves)
+    compared = learning.comparisons(measured, curves)
 
     drawn = figures.curve_figures(curves)
     if compared:
@@ -77,7 +78,7 @@ def deep_runs(results_dir: Path, figures_dir: Path) -> str:
         drawn["gate"] = figures.draw_gate(*gate)
     for name, figure in drawn.items():
         figures.save(figure, figures_dir, name)
-    parts = [tables.all_tables(summary), learning.table(compared), learning.without_area(summary, curves)]
+    parts = [tables.all_tables(summary), learning.table(compared), learning.without_area(measured, curves)]
     return "\n\n".join(part for part in parts if part)
 
 

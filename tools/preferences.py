@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from tools.figures import add_legend, measured, on_common_grid
-from tools.results import label, style
+from tools.results import column_of, label, style
 from tools.tables import ahead_cells, decimals_for, markdown, mean_cell, number
 
 # What every row of the figure shows of a task, from left to right: column, title, and whether it is a
@@ -68,12 +68,6 @@ def draw(curves) -> Figure:
     figure.tight_layout()
     add_legend(figure, handles, counts)
     return figure
-
-
-def column_of(summary, group, name: str) -> np.ndarray:
-    """A column's numbers over the runs of a group that finished an episode, NaN where one has none."""
-    runs = [row for row in summary if (row["env_id"], row["exp_name"]) == group]
-    return np.array([float(row.get(name) or "nan") for row in runs if np.isfinite(float(row["return_100"]))])
 
 
 def table(summary, finals) -> str:

@@ -263,6 +263,11 @@ def curve_text(progress: list[dict]) -> str:
 # What tables and figures start from
 
 
+def has_return(row: dict) -> bool:
+    """Whether the run of a line of the summary has finished an episode: others have no return."""
+    return bool(np.isfinite(float(row["return_100"])))
+
+
 def grouped(summary: list[dict]) -> dict[tuple[str, str], np.ndarray]:
     """Final training returns by (env_id, exp_name), each of shape (seeds,).
 
@@ -271,7 +276,7 @@ def grouped(summary: list[dict]) -> dict[tuple[str, str], np.ndarray]:
     """
     finals = defaultdict(list)
     for row in sorted(summary, key=run_order):
-        if np.isfinite(float(row["return_100"])):
+        if has_return(row):
             finals[row["env_id"], row["exp_name"]].append(float(row["return_100"]))
     return {name: np.array(values) for name, values in finals.items()}
 
@@ -281,8 +286,14 @@ def without_episodes(summary: list[dict]) -> list[str]:
     return [
         f"{row['env_id']} {row['exp_name']} {row['seed']}"
         for row in summary
-        if not np.isfinite(float(row["return_100"]))
+        if not has_return(row)
     ]
+
+
+def column_of(summary, group, name: str) -> np.ndarray:
+    """A column's numbers over the runs of a group that `grouped` counts, NaN where one has none."""
+    runs = [row for row in summary if (row["env_id"], row["exp_name"]) == group]
+    return np.array([float(row.get(name) or "nan") for row in runs if has_return(row)])
 
 
 def load_curves(results_dir: Path, summary: list[dict]) -> dict[tuple[str, str], list[dict[str, np.ndarray]]]:

@@ -10,13 +10,12 @@ exp_name), each of shape (seeds,), as `results.grouped` returns them.
 """
 
 import warnings
-from collections import defaultdict
 from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
 
-from tools.results import grouped, label
+from tools.results import column_of, grouped, label
 
 OVERVIEW_METHODS = ("ppo", "ppo-tuned", "ppo-matched", "nested-tuned", "nested", "mean-c", "blpo")
 
@@ -196,10 +195,6 @@ def overview(summary) -> str:
 def table(summary) -> str:
     """Markdown: a line per environment and method, final training returns and how far BLPO is ahead."""
     finals = grouped(summary)
-    evaluations = defaultdict(list)
-    for row in summary:
-        if np.isfinite(float(row["return_100"])):  # the runs that `grouped` counts
-            evaluations[row["env_id"], row["exp_name"]].append(float(row["eval_return"]))
     rows = []
     for (env_id, method), returns in finals.items():
         decimals = decimals_for(finals, env_id)
@@ -207,7 +202,7 @@ def table(summary) -> str:
         if method != "blpo":
             ahead = ahead_cells(finals.get((env_id, "blpo"), []), returns, decimals)
         each_seed = ", ".join(number(value, decimals) for value in returns)
-        evaluation = number(np.mean(evaluations[env_id, method]), decimals)
+        evaluation = number(column_of(summary, (env_id, method), "eval_return").mean(), decimals)
         mean = mean_cell(returns, decimals)
         rows.append([env_id, label(method), len(returns), mean, *ahead, each_seed, evaluation])
     head = [
