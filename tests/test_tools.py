@@ -529,14 +529,17 @@ def test_runs_of_other_schedules_do_not_mix(tmp_path):
 # The published tables
 
 
-def test_published_tables_are_those_of_the_published_runs():
-    folder = ROOT / "results"
-    summary = results.read_csv(folder / "summary.csv")
-    curves = results.load_curves(folder, summary)
-    compared = learning.comparisons(learning.measures(summary, curves), curves)
-    parts = [tables.all_tables(summary), learning.table(compared)]
-    parts.append(tabular.table(results.read_csv(folder / "tabular_summary.csv"), ("preference", "688")))
-    assert "\n\n".join(parts) + "\n" == (folder / "tables.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["results", "results/earlier"])
+def test_published_tables_are_those_of_the_published_runs(name):
+    folder = ROOT / name
+    summary, curves = results.load_results(folder)
+    measured = learning.measures(summary, curves)
+    compared = learning.comparisons(measured, curves)
+    parts = [tables.all_tables(summary), learning.table(compared), learning.without_area(measured, curves)]
+    if (folder / "tabular_summary.csv").exists():
+        parts.append(tabular.table(results.read_csv(folder / "tabular_summary.csv"), ("preference", "688")))
+    text = "\n\n".join(part for part in parts if part)
+    assert text + "\n" == (folder / "tables.md").read_text(encoding="utf-8")
     for row in summary:
         run = read(folder / f"{row['env_id']}__{row['exp_name']}__{row['seed']}.csv")
         assert float(run[-1]["return_100"]) == pytest.approx(float(row["return_100"]), rel=1e-3)
@@ -547,7 +550,7 @@ def page(name):
 
 
 def test_returns_that_pages_show_are_those_of_the_published_runs():
-    published = page("results/tables.md").splitlines()
+    published = page("results/earlier/tables.md").splitlines()
     readme = page("README.md").split("## Results")[1].split("How fast")[0]
     results_page = page("docs/results.md").split("## Returns after 1M steps")[1]
     for section, least in ((readme, 9), (results_page, 20)):
@@ -584,14 +587,14 @@ def test_learning_speed_that_pages_show_is_that_of_the_published_runs(capsys):
         assert [env_id, *(f"{chance:.2f}" for chance in chances)] in shown
     found = page("README.md").split("**What was found so far**")[1].split("Train on")[0]
     pattern = r"^\| final return \| PPO, CleanRL's flags \(4\) \| 0\.(\d\d) \("
-    final = re.search(pattern, page("results/tables.md"), re.MULTILINE)
+    final = re.search(pattern, page("results/earlier/tables.md"), re.MULTILINE)
     for share in (round(100 * float(tested[0][4])), round(100 * np.mean(wider)), final[1]):
         assert f"{share} %" in found
 
 
 def test_published_aggregates_recomputed_without_the_tools():
-    """Differences of IQMs and P(BLPO > x) in plain NumPy, from results/ to tables.md and docs/results.md."""
-    folder = ROOT / "results"
+    """Differences of IQMs and P(BLPO > x) in plain NumPy, from the runs to tables.md and docs/results.md."""
+    folder = ROOT / "results" / "earlier"
     finals, starts = {}, {}
     for row in read(folder / "summary.csv"):
         env_id, method = row["env_id"], row["exp_name"]
@@ -624,7 +627,7 @@ def test_published_aggregates_recomputed_without_the_tools():
             shares.append(sum(1.0 if x > y else 0.5 if x == y else 0.0 for x, y in pairs) / len(pairs))
         return np.mean(shares)
 
-    for name_of_page in ("results/tables.md", "docs/results.md"):
+    for name_of_page in ("results/earlier/tables.md", "docs/results.md"):
         text = page(name_of_page)
         for name, method in names.items():
             environments = [
