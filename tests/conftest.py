@@ -2,10 +2,13 @@ import signal
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import support  # before PyTorch and NumPy: with a thread for every core two workers get in each other's way
+
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(1)
 
 # A suite that is started in the background ignores Ctrl-C, and so would every script that it starts.
