@@ -9,6 +9,7 @@ import blpo_continuous
 import ppo_continuous
 from tests.test_benchmark import benchmark, commands, finish
 from tests.test_scripts import ROOT
+from tests.test_tools import write_run
 from tools import results, tuning
 from tools.tuning import ENVIRONMENTS, FACTORS, METHODS, configurations
 
@@ -125,3 +126,23 @@ def test_factors(tmp_path):
     lines = tuning.factors(arguments(tmp_path, seeds=(101,))).splitlines()
     assert "| minibatch | 64 |  |  | 0.50 (2) |" in lines and "| minibatch | 256 |  |  | 2.00 (1) |" in lines
     assert "| minibatch | 128 |  |  |  |" in lines and "| critic | joint |  |  |  |" in lines
+
+
+def test_endings_are_scored_among_themselves(tmp_path):
+    """Two later configurations beside one of BLPO that was run to the end; others do not count."""
+    write_rows(tmp_path, {"blpo-7": dict.fromkeys(ENVIRONMENTS, 30)}, steps=1_000_000)
+    write_rows(tmp_path, {"blpo-7": dict.fromkeys(ENVIRONMENTS, 50)}, steps=1_000_000, seed=102)
+    write_rows(tmp_path, {"ppo-3": dict.fromkeys(ENVIRONMENTS, 900)}, steps=1_000_000)
+    for env_id in ENVIRONMENTS:
+        for seed in (101, 102):
+            write_run(tmp_path / "runs", "blpo-25", seed, final=seed - 71, env_id=env_id)
+            write_run(tmp_path / "runs", "blpo-26", seed, final=49, env_id=env_id)
+    results.export(tmp_path / "runs", tmp_path / "endings")
+    given = arguments(tmp_path, action="endings", endings_dir=tmp_path / "endings")
+    lines = tuning.endings(given).splitlines()[2:]
+    # means 40, 30.5 and 49: their own mean is 39.83
+    assert lines == [
+        "| 26 | 1.23 | 49 | 49 | 49 |",
+        "| 7 | 1.00 | 40 | 40 | 40 |",
+        "| 25 | 0.77 | 30 | 30 | 30 |",
+    ]

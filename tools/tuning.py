@@ -6,6 +6,7 @@ seed, so that every level of a factor is in equally many of them.
     python tools/tuning.py table                              # configurations by their score, best first
     python tools/tuning.py table --steps 1000000              # those that were run to the end
     python tools/tuning.py factors --seeds 101                # mean scores of the levels of every factor
+    python tools/tuning.py endings                            # BLPO's that were run to the end, and later ones
 
 The runs are those of commit 29a3403, whose scripts could still make minibatches of whole windows, and whose
 tools/tuning.py prints their commands. The score of a configuration is the mean over environments of its mean
@@ -15,7 +16,7 @@ have been run with the same seeds.
 
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -72,15 +73,17 @@ def configurations() -> list[Configuration]:
 
 @dataclass
 class Args:
-    action: tyro.conf.Positional[Literal["table", "factors"]]
+    action: tyro.conf.Positional[Literal["table", "factors", "endings"]]
     """table: print the configurations by their score; factors: the mean score of every level of every
-    factor"""
+    factor; endings: BLPO's configurations that were run to the end, and those of --endings-dir"""
     csv: Path = Path("results/tuning.csv")
     """a line per run"""
     seeds: tuple[int, ...] = (101, 102)
     """runs that count: configurations that lack one of these seeds are left out"""
     steps: int = 300_000
     """runs that count: their environment steps, of the 1,000,000 over which step sizes anneal"""
+    endings_dir: Path = Path("results/endings")
+    """results of later configurations, whose exp_name is blpo-{number}"""
 
 
 def means_of(args: Args) -> dict[tuple[str, int], dict[str, float]]:
@@ -139,10 +142,25 @@ def factors(args: Args) -> str:
     return markdown(["factor", "level", *METHODS], lines)
 
 
+def endings(args: Args) -> str:
+    """Markdown: BLPO's configurations with runs of 1,000,000 steps, and those of args.endings_dir, best
+    first; their score is among themselves."""
+    whole = means_of(replace(args, steps=1_000_000))
+    means = {name: found for name, found in whole.items() if name[0] == "blpo"}
+    finals = results.grouped(results.load_results(args.endings_dir)[0])
+    for name in dict.fromkeys(method for _, method in finals):
+        later = "blpo", int(name.removeprefix("blpo-"))
+        means[later] = {env: float(finals[env, name].mean()) for env in ENVIRONMENTS}
+    rows = []
+    for name, score in scores(means).items():
+        rows.append([name[1], f"{score:.2f}", *(f"{means[name][env]:,.0f}" for env in ENVIRONMENTS)])
+    return markdown(["number", "score", *ENVIRONMENTS], rows)
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     args = tyro.cli(Args, args=argv, description=__doc__)
-    print(factors(args) if args.action == "factors" else table(args))
+    print({"table": table, "factors": factors, "endings": endings}[args.action](args))
 
 
 if __name__ == "__main__":
