@@ -602,14 +602,14 @@ def replayed(runs) -> int:
 
 def test_kills_at_random_moments(tmp_path):
     flags = [*DURABLE, *QUERY, "--method", "sobirl", "--labels", "bernoulli", "--checkpoint-every", 5]
-    flags += ["--total-timesteps", 2500, "--buffer-size", 500]
+    flags += ["--total-timesteps", 400 * KILLS, "--buffer-size", 500]
     expected = contents(train(sac, tmp_path / "reference", *flags))
     runs, moments, kills = tmp_path / "runs", random.Random(1), 0
     begin, known = flags, 0
     while kills < KILLS:
         process = start(sac, *begin, *([] if kills else ["--runs-dir", runs]))
         wait_for(lambda: replayed(runs) > known, process)
-        time.sleep(moments.uniform(0, 0.5))
+        time.sleep(moments.uniform(0, 0.3))
         process.kill()
         assert process.wait() == -signal.SIGKILL, process.communicate()
         kills += 1
