@@ -16,6 +16,8 @@ import json
 import tempfile
 from pathlib import Path
 
+import support  # noqa: F401  before NumPy, because it sets the number of threads
+
 import mujoco
 import numpy as np
 import pytest
