@@ -6,7 +6,7 @@ seed, so that every level of a factor is in equally many of them.
     python tools/tuning.py table                              # configurations by their score, best first
     python tools/tuning.py table --steps 1000000              # those that were run to the end
     python tools/tuning.py factors --seeds 101                # mean scores of the levels of every factor
-    python tools/tuning.py endings                            # BLPO's that were run to the end, and later ones
+    python tools/tuning.py endings                            # BLPO, by the end of whole runs
 
 The runs are those of commit 29a3403, whose scripts could still make minibatches of whole windows, and whose
 tools/tuning.py prints their commands. The score of a configuration is the mean over environments of its mean
