@@ -134,9 +134,11 @@ def test_endings_are_scored_among_themselves(tmp_path):
     write_rows(tmp_path, {"blpo-7": dict.fromkeys(ENVIRONMENTS, 50)}, steps=1_000_000, seed=102)
     write_rows(tmp_path, {"ppo-3": dict.fromkeys(ENVIRONMENTS, 900)}, steps=1_000_000)
     for env_id in ENVIRONMENTS:
+        run = dict(env_id=env_id, total_timesteps=1_000_000)
         for seed in (101, 102):
-            write_run(tmp_path / "runs", "blpo-25", seed, final=seed - 71, env_id=env_id)
-            write_run(tmp_path / "runs", "blpo-26", seed, final=49, env_id=env_id)
+            write_run(tmp_path / "runs", "blpo-25", seed, final=seed - 71, **run)
+            write_run(tmp_path / "runs", "blpo-26", seed, final=49, **run)
+        write_run(tmp_path / "runs", "blpo-27", 101, final=99, **run)  # 102 has not been run
     results.export(tmp_path / "runs", tmp_path / "endings")
     given = arguments(tmp_path, action="endings", endings_dir=tmp_path / "endings")
     lines = tuning.endings(given).splitlines()[2:]

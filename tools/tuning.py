@@ -27,6 +27,7 @@ if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools import results
+from tools.learning import budget
 from tools.tables import markdown
 
 ENVIRONMENTS = ("Walker2d-v4", "Hopper-v4", "HalfCheetah-v4")
@@ -86,10 +87,11 @@ class Args:
     """results of later configurations, whose exp_name is blpo-{number}"""
 
 
-def means_of(args: Args) -> dict[tuple[str, int], dict[str, float]]:
-    """By method and configuration the mean return in each environment, of those that have all seeds."""
+def means_of(args: Args, later=()) -> dict[tuple[str, int], dict[str, float]]:
+    """By method and configuration the mean return in each environment, of those that have all seeds. later:
+    lines beside those of args.csv."""
     returns = defaultdict(lambda: defaultdict(list))
-    for row in results.read_csv(args.csv):
+    for row in [*results.read_csv(args.csv), *later]:
         if int(row["steps"]) == args.steps and int(row["seed"]) in args.seeds:
             returns[row["method"], int(row["configuration"])][row["env_id"]].append(float(row["return_100"]))
     return {
@@ -145,12 +147,13 @@ def factors(args: Args) -> str:
 def endings(args: Args) -> str:
     """Markdown: BLPO's configurations with runs of 1,000,000 steps, and those of args.endings_dir, best
     first; their score is among themselves."""
-    whole = means_of(replace(args, steps=1_000_000))
+    later = []
+    for row in results.load_results(args.endings_dir)[0]:
+        number = row["exp_name"].removeprefix("blpo-")
+        if number.isdigit():
+            later.append(row | dict(method="blpo", configuration=number, steps=budget(row)))
+    whole = means_of(replace(args, steps=1_000_000), later)
     means = {name: found for name, found in whole.items() if name[0] == "blpo"}
-    finals = results.grouped(results.load_results(args.endings_dir)[0])
-    for name in dict.fromkeys(method for _, method in finals):
-        later = "blpo", int(name.removeprefix("blpo-"))
-        means[later] = {env: float(finals[env, name].mean()) for env in ENVIRONMENTS}
     rows = []
     for name, score in scores(means).items():
         rows.append([name[1], f"{score:.2f}", *(f"{means[name][env]:,.0f}" for env in ENVIRONMENTS)])
