@@ -562,6 +562,30 @@ def cells_of(line):
     return [cell.strip() for cell in line.split("|")[1:-1]]
 
 
+def test_how_the_defaults_end_is_what_pages_say():
+    """The criteria of docs/results.md, B, from summary.csv without the tools; the sentence of the README."""
+    section = page("docs/results.md").split("**Most of it failed.**")[1].split("## C. ")[0]
+    shown = {row[0]: row[1:] for row in map(cells_of, section.splitlines()) if len(row) == 6}
+    readme = " ".join(page("README.md").split())
+    rows = read(ROOT / "results" / "summary.csv")
+    for env_id, least in {"Walker2d-v4": 3800, "Hopper-v4": 2500, "HalfCheetah-v4": 2000}.items():
+        there = [row for row in rows if row["env_id"] == env_id]
+        finals = lambda method: [float(row["return_100"]) for row in there if row["exp_name"] == method]
+        runs = [np.array(finals(method)) for method in ("blpo", "ppo")]
+        errors = [x.var(ddof=1) / 5 for x in runs]  # squared standard errors of the means
+        half = [scipy.stats.t.ppf(0.975, 4) * math.sqrt(error) for error in errors]
+        cells = [f"{x.mean():,.0f} ± {h:,.0f}" for x, h in zip(runs, half)]
+        freedom = sum(errors) ** 2 / sum(error**2 / 4 for error in errors)  # Welch-Satterthwaite
+        reach = scipy.stats.t.ppf(0.975, freedom) * math.sqrt(sum(errors))
+        difference = runs[0].mean() - runs[1].mean()
+        interval = f"{difference - reach:,.0f} to {difference + reach:,.0f}"
+        met = runs[0].mean() >= least, difference + reach >= 0
+        verdict = {(0, 0): "both missed", (0, 1): "missed; not below PPO", (1, 1): "both met"}[met]
+        assert [len(x) for x in runs] == [5, 5]
+        assert shown[env_id] == [f"{least:,}", *cells, interval, verdict]
+        assert f"{cells[0]} on {env_id}" in readme
+
+
 def test_learning_speed_that_pages_show_is_that_of_the_published_runs(capsys):
     """The tables of docs/results.md, A, and that of the README: probabilities, intervals, p, areas."""
     folder = ROOT / "results" / "quarter"

@@ -66,7 +66,8 @@ def test_scores_by_hand(tmp_path):
 
 def test_what_the_page_shows_is_what_was_found():
     """Of stage 3, the best configurations of stages 1 and 2, and the levels of stage 1."""
-    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").split("## B. ")[1].split("## C. ")[0]
+    section = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").split("## B. ")[1]
+    text = section.split("**Most of it failed.**")[0]
     shown = {line for line in text.splitlines() if line.startswith("| ")}
     csv = ROOT / "results" / "tuning.csv"
     both = tuning.table(tuning.Args(action="table", csv=csv)).splitlines()
@@ -80,18 +81,15 @@ def test_what_the_page_shows_is_what_was_found():
 
 
 def test_what_the_readme_says_of_the_search():
-    """The scores of the three tuned configurations, and what the defaults reached."""
+    """The scores of the three tuned configurations."""
     args = tuning.Args(action="table", csv=ROOT / "results" / "tuning.csv", steps=1_000_000)
-    means = tuning.means_of(args)
-    found = tuning.scores(means)
+    found = tuning.scores(tuning.means_of(args))
     best = {}
     for name in found:  # best first
         best.setdefault(name[0], name)
     assert best == {"ppo": ("ppo", 3), "nested": ("nested", 9), "blpo": ("blpo", 7)}
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert "{:.2f}, {:.2f} and {:.2f}".format(*(found[best[method]] for method in METHODS)) in readme
-    reached = [f"{means[best['blpo']][env_id]:,.0f} on {env_id}" for env_id in ENVIRONMENTS]
-    assert f"{reached[0]}, {reached[1]} and {reached[2]}" in readme
 
 
 def test_the_tuned_methods_are_what_the_search_has_found(tmp_path):
