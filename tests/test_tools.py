@@ -489,6 +489,13 @@ def test_the_registered_tests_from_the_command_line(tmp_path, capsys):
     assert [line[-2:] for line in lines] == [["0.1", "0.1"]] * 2  # alone by its measure: nothing to correct
     with pytest.raises(SystemExit, match="no two seeds of blpo and of mean-c to compare by AUC25"):
         learning.main(["--results-dir", str(tmp_path / "results")])
+    other_way = ["--method", "nested", "--against", "blpo", "ppo-matched"]
+    learning.main(["--results-dir", str(tmp_path / "results"), *other_way])
+    head, _, first, second = capsys.readouterr().out.splitlines()
+    assert cells_of(head)[1] == "nesting only against"
+    assert cells_of(first)[1:5:3] == ["blpo", f"{2 / 9:.3f}"] and cells_of(second)[1] == "ppo-matched"
+    with pytest.raises(SystemExit, match="no two seeds of mine and of blpo, ppo-matched to compare"):
+        learning.main(["--results-dir", str(tmp_path / "results"), "--method", "mine", *other_way[2:]])
 
 
 @pytest.mark.parametrize(

@@ -152,25 +152,26 @@ def holm(ps: list[float]) -> list[float]:
 
 
 class Comparison(NamedTuple):
-    """BLPO and another method by one measure."""
+    """A method of ours, BLPO or a variant, and another method by one measure."""
 
     environments: int
-    chance: Estimate  # P(BLPO better)
+    chance: Estimate  # P(ours better)
     p: float
     difference: Estimate | None  # of the interquartile means; None where there is no scale for it
 
 
-def compare(values, start, method: str) -> Comparison | None:
+def compare(values, start, method: str, ours: str = "blpo") -> Comparison | None:
     """None where no environment has two seeds of both. Without start, returns where runs begin by
     environment, there is no difference."""
-    environments = shared_environments(values, "blpo", method)
+    environments = shared_environments(values, ours, method)
     if not environments:
         return None
     difference = None
     if start and set(environments) <= environments_with_scale(values, start):
-        difference = iqm_difference(values, method, environments, start)
-    p = permutation_p(values, "blpo", method, environments)
-    return Comparison(len(environments), chance_of_improvement(values, method, environments), p, difference)
+        difference = iqm_difference(values, method, environments, start, ours)
+    chance = chance_of_improvement(values, method, environments, ours)
+    p = permutation_p(values, ours, method, environments)
+    return Comparison(len(environments), chance, p, difference)
 
 
 def comparisons(measured, curves) -> dict[str, dict[str, Comparison]]:
@@ -214,32 +215,36 @@ class Args:
     """folder of the per-seed CSV files"""
     measures: tuple[Literal["AUC25", "AUC", "steps", "final"], ...] = ("AUC25",)
     """what runs are compared by"""
+    method: str = "blpo"
+    """the method that is compared with others"""
     against: tuple[str, ...] = ("ppo-matched", "nested", "mean-c")
-    """methods that BLPO is compared with, each by a hypothesis of its own"""
+    """the others, each by a hypothesis of its own"""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints by every measure the tests of P(blpo > method) = 0.5 for every method of --against. Holm's
-    correction is over these methods."""
+    """Prints by every measure the tests of P(--method > other) = 0.5 for every other of --against. Holm's
+    correction is over these."""
     args = tyro.cli(Args, args=argv, description=__doc__)
     summary, curves = load_results(args.results_dir)
     measured = measures(summary, curves)
     rows = []
     for measure in args.measures:
         values = measured.get(measure, {})
-        compared = {method: compare(values, None, method) for method in args.against}
-        if absent := [method for method, comparison in compared.items() if comparison is None]:
-            what = f"of blpo and of {', '.join(absent)} to compare by {measure}"
+        compared = {other: compare(values, None, other, args.method) for other in args.against}
+        if absent := [other for other, comparison in compared.items() if comparison is None]:
+            what = f"of {args.method} and of {', '.join(absent)} to compare by {measure}"
             sys.exit(f"error: {args.results_dir} has no two seeds {what}")
         adjusted = holm([comparison.p for comparison in compared.values()])
-        for (method, comparison), p in zip(compared.items(), adjusted):
-            used = shared_environments(values, "blpo", method)
-            runs = " and ".join(str(sum(len(values[env, name]) for env in used)) for name in ("blpo", method))
+        for (other, comparison), p in zip(compared.items(), adjusted):
+            both = args.method, other
+            used = shared_environments(values, *both)
+            runs = " and ".join(str(sum(len(values[env, name]) for env in used)) for name in both)
             value, low, high = comparison.chance
             chance = [f"{value:.3f}", f"{low:.3f} to {high:.3f}"]
             ps = [f"{comparison.p:.2g}", f"{p:.2g}"]
-            rows.append([MEASURES[measure], method, comparison.environments, runs, *chance, *ps])
-    head = ["measure", "BLPO against", "environments", "runs", "P", "95 % interval", "p", "p, Holm"]
+            rows.append([MEASURES[measure], other, comparison.environments, runs, *chance, *ps])
+    against = f"{label(args.method)} against"
+    head = ["measure", against, "environments", "runs", "P", "95 % interval", "p", "p, Holm"]
     print(markdown(head, rows))
     if missing := without_area(measured, curves):
         print(missing)

@@ -96,31 +96,31 @@ def iqm(returns) -> np.ndarray:
     return scipy.stats.trim_mean(np.concatenate(list(returns), axis=-1), 0.25, axis=-1)
 
 
-def iqm_difference(finals, method: str, environments, start) -> Estimate:
-    """Interquartile mean of BLPO's runs minus that of the method's, both normalised, all environments taken
+def iqm_difference(finals, method: str, environments, start, ours: str = "blpo") -> Estimate:
+    """Interquartile mean of our runs minus that of the method's, both normalised, all environments taken
     together."""
     used = {}
-    for name in ("blpo", method):
+    for name in (ours, method):
         used |= normalised(finals, name, environments, start)
 
     def statistic(drawn):
-        means = [iqm(drawn[env_id, name] for env_id in environments) for name in ("blpo", method)]
+        means = [iqm(drawn[env_id, name] for env_id in environments) for name in (ours, method)]
         return means[0] - means[1]
 
     return estimate(used, statistic)
 
 
-def chance_of_improvement(finals, method: str, environments) -> Estimate:
-    """P(BLPO > method), counted in pairs of runs in each environment, mean over the environments."""
+def chance_of_improvement(finals, method: str, environments, ours: str = "blpo") -> Estimate:
+    """P(ours > method), counted in pairs of runs in each environment, mean over the environments."""
 
     def statistic(returns):
-        shares = [beats(returns[env_id, "blpo"], returns[env_id, method]) for env_id in environments]
+        shares = [beats(returns[env_id, ours], returns[env_id, method]) for env_id in environments]
         return np.mean(shares, axis=0)
 
     used = {
         (env_id, name): values
         for (env_id, name), values in finals.items()
-        if env_id in environments and name in (method, "blpo")
+        if env_id in environments and name in (method, ours)
     }
     return estimate(used, statistic)
 
