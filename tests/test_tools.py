@@ -623,6 +623,22 @@ def test_learning_speed_that_pages_show_is_that_of_the_published_runs(capsys):
         assert f"{share} %" in found
 
 
+def test_another_leader_is_what_the_page_says(capsys):
+    """docs/results.md, D."""
+    folder = ROOT / "results" / "quarter"
+    against = ["--method", "blpo-start", "--against", "nested", "mean-c"]
+    learning.main(["--results-dir", str(folder), *against])
+    section = page("docs/results.md").split("## D. ")[1].split("## E. ")[0]
+    shown = [cells_of(line) for line in section.splitlines() if line.startswith("| ")]
+    for line in capsys.readouterr().out.splitlines()[2:]:
+        _, method, environments, runs, *found = cells_of(line)
+        assert (environments, runs) == ("3", "30 and 30") and [f"`{method}`", *found] in shown
+    areas = learning.measures(*results.load_results(folder))["AUC25"]
+    for env_id in ("Walker2d-v4", "Hopper-v4", "HalfCheetah-v4"):
+        runs = [areas[env_id, method] for method in ("nested", "mean-c", "blpo-start")]
+        assert [env_id, *(f"{x.mean():,.0f} ± {x.std(ddof=1):,.0f}" for x in runs)] in shown
+
+
 def test_published_aggregates_recomputed_without_the_tools():
     """Differences of IQMs and P(BLPO > x) in plain NumPy, from the runs to tables.md and docs/results.md."""
     folder = ROOT / "results" / "earlier"
