@@ -240,18 +240,31 @@ def test_the_difference_to_drlhf(learned):
     assert preferences.table(more, finals) == preferences.table(summary, finals)
 
 
-def test_the_page_shows_what_pendulum_has_come_to():
-    """Tables, and the bars that were set beforehand."""
-    folder = ROOT / "results" / "pendulum"
+@pytest.mark.parametrize("number, env_id", [(2, "Pendulum-v1"), (3, "tools.tasks-PendulumBins-v0")])
+def test_the_page_shows_what_pendulums_have_come_to(number, env_id):
+    """Tables, and the runs that were registered."""
+    folder = ROOT / "results" / "preferences"
     page = (ROOT / "docs" / "preferences.md").read_text(encoding="utf-8")
-    summary, _ = results.load_results(folder)
+    section = page.split(f"\n## {number}. ")[1].split("\n## ")[0]
+    summary = [row for row in results.load_results(folder)[0] if row["env_id"] == env_id]
     finals = results.grouped(summary)
     for table in (preferences.table(summary, finals), preferences.against_drlhf(summary, finals)):
-        assert table in page
+        assert table in section
     assert {len(values) for values in finals.values()} == {5} and len(finals) == 9
     for row in summary:
         curve = results.read_csv(results.curve_path(folder, row))
         assert float(curve[-1]["return_100"]) == pytest.approx(float(row["return_100"]), rel=1e-3)
+
+
+def test_the_bars_of_the_pendulum_with_bins():
+    """That they were met, as docs/preferences.md says."""
+    rows = results.read_csv(ROOT / "results" / "preferences" / "summary.csv")
+    there = [row for row in rows if row["env_id"] == "tools.tasks-PendulumBins-v0"]
+    median = lambda name: np.median([float(row["eval_return"]) for row in there if row["exp_name"] == name])
+    assert [round(median(name)) for name in ("sac", "drlhf", "sobirl", "random")] == [-135, -135, -135, -1456]
+    curves = results.load_curves(ROOT / "results" / "preferences", there)
+    last = [run["accuracy_replay"][-1] for run in curves["tools.tasks-PendulumBins-v0", "drlhf"]]
+    assert f"{np.mean(last):.2f}" == "0.91"
 
 
 def test_the_figure_of_learned_rewards(learned, tmp_path):
