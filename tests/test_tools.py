@@ -569,10 +569,21 @@ def cells_of(line):
     return [cell.strip() for cell in line.split("|")[1:-1]]
 
 
+def rows_in(text):
+    """The cells of all tables of a page or a part of it."""
+    return [cells_of(line) for line in text.splitlines() if line.startswith("| ")]
+
+
+def area_cells(areas, env_id, methods):
+    """What pages show of the areas under the curves of an environment's runs."""
+    runs = [areas[env_id, method] for method in methods]
+    return [env_id, *(f"{x.mean():,.0f} ± {x.std(ddof=1):,.0f}" for x in runs)]
+
+
 def test_how_the_defaults_end_is_what_pages_say():
     """The criteria of docs/results.md, B, from summary.csv without the tools; the sentence of the README."""
     section = page("docs/results.md").split("**Most of it failed.**")[1].split("## C. ")[0]
-    shown = {row[0]: row[1:] for row in map(cells_of, section.splitlines()) if len(row) == 6}
+    shown = {row[0]: row[1:] for row in rows_in(section)}
     readme = " ".join(page("README.md").split())
     rows = read(ROOT / "results" / "summary.csv")
     for env_id, least in {"Walker2d-v4": 3800, "Hopper-v4": 2500, "HalfCheetah-v4": 2000}.items():
@@ -599,8 +610,8 @@ def test_learning_speed_that_pages_show_is_that_of_the_published_runs(capsys):
     learning.main(["--results-dir", str(folder)])
     tested = [cells_of(line) for line in capsys.readouterr().out.splitlines()[2:]]
     section = page("docs/results.md").split("## A. ")[1].split("## B. ")[0]
-    shown = [cells_of(line) for line in section.splitlines() if line.startswith("| ")]
-    in_readme = [cells_of(line) for line in page("README.md").splitlines() if line.startswith("| ")]
+    shown = rows_in(section)
+    in_readme = rows_in(page("README.md"))
     assert [row[1] for row in tested] == ["ppo-matched", "nested", "mean-c"]
     for _, method, environments, runs, chance, interval, p, adjusted in tested:
         assert (environments, runs) == ("6", "60 and 60")
@@ -612,7 +623,7 @@ def test_learning_speed_that_pages_show_is_that_of_the_published_runs(capsys):
     order = ["ppo-matched", "ppo-matched-clip0.5", "nested", "nested-clip0.5", "mean-c", "blpo"]
     for env_id in sorted({env_id for env_id, _ in areas}):
         runs = [areas[env_id, method] for method in order]
-        assert [env_id, *(f"{x.mean():,.0f} ± {x.std(ddof=1):,.0f}" for x in runs)] in shown
+        assert area_cells(areas, env_id, order) in shown
         chances = [np.mean(runs[-1][:, None] > x) for x in runs[:-1]]
         wider.append(chances[1])
         assert [env_id, *(f"{chance:.2f}" for chance in chances)] in shown
@@ -629,14 +640,13 @@ def test_another_leader_is_what_the_page_says(capsys):
     against = ["--method", "blpo-start", "--against", "nested", "mean-c"]
     learning.main(["--results-dir", str(folder), *against])
     section = page("docs/results.md").split("## D. ")[1].split("## E. ")[0]
-    shown = [cells_of(line) for line in section.splitlines() if line.startswith("| ")]
+    shown = rows_in(section)
     for line in capsys.readouterr().out.splitlines()[2:]:
         _, method, environments, runs, *found = cells_of(line)
         assert (environments, runs) == ("3", "30 and 30") and [f"`{method}`", *found] in shown
     areas = learning.measures(*results.load_results(folder))["AUC25"]
     for env_id in ("Walker2d-v4", "Hopper-v4", "HalfCheetah-v4"):
-        runs = [areas[env_id, method] for method in ("nested", "mean-c", "blpo-start")]
-        assert [env_id, *(f"{x.mean():,.0f} ± {x.std(ddof=1):,.0f}" for x in runs)] in shown
+        assert area_cells(areas, env_id, ["nested", "mean-c", "blpo-start"]) in shown
 
 
 def test_published_aggregates_recomputed_without_the_tools():

@@ -10,7 +10,7 @@ Every measure is a dictionary by (env_id, exp_name) of arrays (seeds,), larger i
 
 A run's budget is what its step sizes are annealed over: a run that ends early has no AUC and no final return.
 Curves are as results.load_curves returns them, a summary is the list of the lines of summary.csv. Run as a
-program it makes the tests of docs/results.md, A (and with other --measures and --against those of C):
+program it makes the tests of docs/results.md, A (and with other flags those of C and D):
 
     python tools/learning.py --results-dir results/quarter
 """
