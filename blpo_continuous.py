@@ -58,7 +58,7 @@ class Args(RunFlags):
     num_minibatches: Count = 16
     """minibatches per epoch: must divide num_envs * num_steps"""
     update_epochs: Count = 10
-    """passes over a rollout"""
+    """epochs of an update, each with a pass of actor steps over the rollout"""
     actor_lr: UnitStep = 6e-4
     """Adam step size of the actor"""
     critic_lr: UnitStep = 1e-3
@@ -97,7 +97,7 @@ class Args(RunFlags):
     nystrom_rho: Positive = 50.0
     """damping rho of the critic's Hessian (the poster's alpha), for every solver"""
     nystrom_sketch: Literal["krylov", "v-gaussian", "gaussian", "columns"] = "krylov"
-    """what H is multiplied by: v and H v, v and Gaussian vectors, those alone, unit vectors (the poster's)"""
+    """what H multiplies: v and H v; v and Gaussian vectors; Gaussian vectors; unit vectors (the poster's)"""
     hessian: Literal["gauss-newton", "full"] = "gauss-newton"
     """products with the critic's Gauss-Newton matrix, or with its whole Hessian by double backward"""
     cg_iters: Count = 50

@@ -46,7 +46,7 @@ class Args(RunFlags):
     trajectory_minibatches: bool = False
     """minibatches of neighbouring steps of an environment instead of steps drawn at random"""
     update_epochs: Count = 4
-    """passes over a rollout"""
+    """epochs of an update, each with a pass of actor steps over the rollout"""
     actor_lr: UnitStep = 2.5e-4
     """Adam step size of the actor"""
     critic_lr: UnitStep = 2.5e-4

@@ -74,7 +74,7 @@ class Args(PreferenceFlags):
     method: Literal["sac", "drlhf", "sobirl", "hpgd", "pbrl", "random"] = "sac"
     """sac: maximise the environment's reward; random: one that is never learned;
     drlhf: one learned from pairs as if they were given;
-    sobirl: also, by a second term, from how they depend on the reward; hpgd: the same by discounted sums;
+    sobirl: also by a second term, since pairs depend on the policy; hpgd: the same by discounted sums;
     pbrl: with a penalty instead, while a second policy, the rival, plays the pairs"""
     total_timesteps: Count = 1_000_000
     """environment steps in total, rounded down to whole iterations"""
@@ -107,7 +107,7 @@ class Args(PreferenceFlags):
     policy_frequency: Count = 2
     """the actor is updated after every so many updates of the critics, as many times in a row"""
     alpha: Positive = 1.0
-    """temperature: the weight of the entropy, with --autotune at first, otherwise throughout"""
+    """temperature, the weight of the entropy: where it begins with --autotune, where it stays without"""
     autotune: bool = True
     """learn alpha, so that the entropy becomes minus the number of an action's components,
     and less by as much as the largest entropy is less where the box is smaller than [-1, 1]"""

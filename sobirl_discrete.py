@@ -81,7 +81,7 @@ class Args(PreferenceFlags):
     method: Literal["sac", "drlhf", "sobirl", "hpgd", "pbrl", "random"] = "sac"
     """sac: maximise the environment's reward; random: one that is never learned;
     drlhf: one learned from pairs as if they were given;
-    sobirl: also, by a second term, from how they depend on the reward; hpgd: the same by discounted sums;
+    sobirl: also by a second term, since pairs depend on the policy; hpgd: the same by discounted sums;
     pbrl: with a penalty instead, while a second policy, the rival, plays the pairs"""
     total_timesteps: Count = 500_000
     """environment steps in total, rounded down to whole iterations"""
@@ -116,7 +116,7 @@ class Args(PreferenceFlags):
     update_frequency: Count = 4
     """environment steps from one update to the next"""
     alpha: Positive = 1.0
-    """temperature: the weight of the entropy, with --autotune at first, otherwise throughout"""
+    """temperature, the weight of the entropy: where it begins with --autotune, where it stays without"""
     autotune: bool = True
     """learn alpha, so that the entropy becomes --target-entropy"""
     target_entropy: UnitInterval = 0.89

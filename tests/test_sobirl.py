@@ -477,8 +477,8 @@ def test_truncation_is_exact_without_discounting():
 
 
 def test_how_often_drlhf_opposes_the_hypergradient():
-    """SEEDS=1000 for the README's numbers."""
-    count, opposed = int(os.environ.get("SEEDS", 100)), {"drlhf": 0, "sobirl": 0}
+    """With HOW_MANY=1000 the numbers of docs/tabular.md."""
+    count, opposed = int(os.environ.get("HOW_MANY", 100)), {"drlhf": 0, "sobirl": 0}
     for seed in range(count):
         problem = PROBLEMS["preference"](seed)
         target = direction("exact", problem, problem.start)
@@ -491,7 +491,7 @@ def test_how_often_drlhf_opposes_the_hypergradient():
 
 
 def test_where_drlhf_opposes_the_hypergradient():
-    """The README's case: along DRLHF's direction phi rises, along that of SoBiRL, (15) or (78), it falls."""
+    """The sharpest case of docs/tabular.md: DRLHF's direction raises phi, those of SoBiRL lower it."""
     problem = PROBLEMS["preference"](688)
     x, phi = problem.start, lambda x: problem.objective(x, optimum(problem, x)[1])
     target, taken = direction("exact", problem, x), direction("drlhf", problem, x)

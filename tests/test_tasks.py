@@ -270,8 +270,9 @@ def test_the_bars_of_the_pendulum_with_bins():
 def test_the_figure_of_learned_rewards(learned, tmp_path):
     _, curves = results.load_results(learned / "results")
     figure = preferences.draw(curves)
-    axes = np.array(figure.axes).reshape(2, len(preferences.PANELS))
-    assert [axis.get_ylabel() for axis in axes[:, 0]] == ["tests.probe_envs-ProbePole-v0", "Preference-v0"]
+    axes = np.array(figure.axes).reshape(len(preferences.PANELS), 2).T
+    assert [axis.get_title() for axis in axes[:, 0]] == ["tests.probe_envs-ProbePole-v0", "Preference-v0"]
+    assert [axis.get_ylabel() for axis in axes[0]] == [title for _, title, _ in preferences.PANELS]
     (legend,) = figure.legends
     names = [text.get_text() for text in legend.get_texts()]
     assert names[1:3] == ["DRLHF (n = 2)", "SoBiRL, bounded (n = 2)"] and "random reward (n = 1)" in names

@@ -649,6 +649,23 @@ def test_another_leader_is_what_the_page_says(capsys):
         assert area_cells(areas, env_id, ["nested", "mean-c", "blpo-start"]) in shown
 
 
+def test_the_size_of_the_implicit_term_is_what_the_page_shows():
+    """docs/hypergradient.md, of the runs of C: medians, tenth and ninetieth percentiles over points."""
+    text = page("docs/hypergradient.md")
+    shown, medians = rows_in(text), []
+    for env_id in ("Walker2d-v4", "Hopper-v4", "HalfCheetah-v4"):
+        points = []
+        for path in (ROOT / "results").glob(f"{env_id}__blpo__2[1-5].csv"):
+            points += [(row["implicit_norm_ratio"], row["implicit_cosine"]) for row in read(path)]
+        low, middle, high = np.percentile(np.array(points, dtype=float), [10, 50, 90], axis=0)
+        cells = [f"{m:.2f} ({a:.2f}–{b:.2f})" for a, m, b in zip(low, middle, high)]
+        assert len(points) == 1000 and [env_id, *cells] in shown
+        medians.append(middle)
+    (least, cosine), (most, largest) = np.min(medians, 0), np.max(medians, 0)
+    told = f"is {least:.1f} to {most:.1f} of that of the direct one, and the cosine between these two is"
+    assert f"{told} {cosine:.2f} to {largest:.2f}" in " ".join(text.split())
+
+
 def test_published_aggregates_recomputed_without_the_tools():
     """Differences of IQMs and P(BLPO > x) in plain NumPy, from the runs to tables.md and docs/results.md."""
     folder = ROOT / "results" / "earlier"
@@ -1179,6 +1196,14 @@ def test_from_runs_to_tables_and_figures(tmp_path, capsys):
     assert again.startswith("no episode was finished") and "| preference | exact (9) | 2 |" in again
     assert {path.stem for path in drawn.iterdir()} == names | {"runtime", "solvers"}
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (runs, out, drawn)}
+
+
+def test_measurements_are_drawn_without_runs(tmp_path, capsys):
+    for name in ("gate.csv", "gate_weights.csv"):
+        (tmp_path / name).write_bytes((ROOT / "results" / name).read_bytes())
+    plot.main(["--results-dir", str(tmp_path), "--figures-dir", str(tmp_path / "figures")])
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"gate"}
+    assert capsys.readouterr().out == "" and not (tmp_path / "tables.md").exists()
 
 
 def test_as_a_script_from_elsewhere_in_a_plain_locale(tmp_path):

@@ -63,7 +63,7 @@ def panels(count: int):
     """A figure and a list of `count` axes in rows of at most three, four of them two by two."""
     columns = 2 if count == 4 else min(count, 3)
     rows = -(-count // columns)  # rounded up
-    figure = Figure(figsize=(4.4 * columns, 3.4 * rows))
+    figure = Figure(figsize=(3.5 * columns, 2.8 * rows))
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[count:]:
         axis.set_visible(False)
@@ -177,10 +177,10 @@ def draw_endings(curves) -> Figure:
     return figure
 
 
-def add_legend(figure: Figure, handles: dict, counts: dict) -> None:
+def add_legend(figure: Figure, handles: dict, counts: dict, ncols: int = 4) -> None:
     """A legend below the panels: of every method a line, and of how many runs its means are."""
     names = [f"{label(method)} (n = {' to '.join(map(str, ends(counts[method])))})" for method in handles]
-    place_legend(figure, dict(zip(names, handles.values())), ncols=5)
+    place_legend(figure, dict(zip(names, handles.values())), ncols)
 
 
 def place_legend(figure: Figure, handles: dict, ncols: int = 3) -> None:

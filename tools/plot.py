@@ -5,7 +5,8 @@
     python tools/plot.py --apart preference:688   # the same with a row for that instance, as published
 
 The tables are printed and written to results/tables.md. results/speed.csv (by speed.py --csv),
-results/solvers.csv (by solvers.py) and results/gate.csv (by gate.py) are drawn if they are there. What the
+results/solvers.csv (by solvers.py) and results/gate.csv (by gate.py) are drawn if they are there, with runs
+or without. What the
 files hold is said in tools/results.py and tools/tabular.py, what the numbers mean in tools/tables.py and
 tools/learning.py. Of runs that learn a reward there are other ones, if no others are in the folder:
 tools/preferences.py.
@@ -23,6 +24,14 @@ if not __package__:  # run as a file, for which Python looks in tools/, but not 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools import figures, learning, preferences, results, tables, tabular
+
+
+# Figures of what other tools have measured, and the files that they are drawn from
+MEASUREMENTS = {
+    "runtime": (figures.draw_runtime, ["speed.csv"]),
+    "solvers": (figures.draw_solvers, ["solvers.csv"]),
+    "gate": (figures.draw_gate, ["gate.csv", "gate_weights.csv"]),
+}
 
 
 @dataclass
@@ -54,7 +63,7 @@ def refuse(message: str) -> NoReturn:
 
 
 def deep_runs(results_dir: Path, figures_dir: Path) -> str:
-    """Draws the figures of summary.csv, of speed.csv and of solvers.csv, and returns the tables."""
+    """Draws the figures of summary.csv and returns the tables."""
     summary, curves = results.load_results(results_dir)
     if silent := results.without_episodes(summary):
         print(f"no episode was finished, left out: {', '.join(silent)}")
@@ -69,13 +78,6 @@ def deep_runs(results_dir: Path, figures_dir: Path) -> str:
     drawn = figures.curve_figures(curves)
     if compared:
         drawn["aggregate"] = figures.draw_aggregate(compared)
-    if (results_dir / "speed.csv").exists():
-        drawn["runtime"] = figures.draw_runtime(results.read_csv(results_dir / "speed.csv"))
-    if (results_dir / "solvers.csv").exists():
-        drawn["solvers"] = figures.draw_solvers(results.read_csv(results_dir / "solvers.csv"))
-    if (results_dir / "gate.csv").exists():
-        gate = [results.read_csv(results_dir / name) for name in ("gate.csv", "gate_weights.csv")]
-        drawn["gate"] = figures.draw_gate(*gate)
     for name, figure in drawn.items():
         figures.save(figure, figures_dir, name)
     parts = [tables.all_tables(summary), learning.table(compared), learning.without_area(measured, curves)]
@@ -88,6 +90,11 @@ def tabular_runs(results_dir: Path, figures_dir: Path, apart: tuple[str, str] | 
     figures.save(tabular.draw_overview(points, apart), figures_dir, "tabular")
     figures.save(tabular.draw(points, apart), figures_dir, "tabular_all")
     return tabular.table(results.read_csv(results_dir / "tabular_summary.csv"), apart)
+
+
+def measurements(results_dir: Path) -> list[str]:
+    """The names in MEASUREMENTS whose first file is there."""
+    return [name for name, (_, files) in MEASUREMENTS.items() if (results_dir / files[0]).exists()]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -104,21 +111,27 @@ def main(argv: list[str] | None = None) -> None:
         tabular.export(Path(args.runs_dir), results_dir)
     has_deep = (results_dir / "summary.csv").exists()
     has_tabular = (results_dir / "tabular_summary.csv").exists()
-    if not has_deep and not has_tabular:
+    measured = measurements(results_dir)
+    if not has_deep and not has_tabular and not measured:
         sys.exit(f"error: no results in {results_dir}: name a folder with finished runs by --runs-dir")
     if apart:
         rows = results.read_csv(results_dir / "tabular_summary.csv") if has_tabular else []
         if apart not in {tabular.instance(row) for row in rows}:
             refuse(f"--apart {args.apart}: {results_dir} has no run of sobirl_tabular.py with that seed")
 
+    for name in measured:
+        draw, files = MEASUREMENTS[name]
+        tables_of_files = [results.read_csv(results_dir / file) for file in files]
+        figures.save(draw(*tables_of_files), figures_dir, name)
     parts = []
     if has_deep:
         parts.append(deep_runs(results_dir, figures_dir))
     if has_tabular:
         parts.append(tabular_runs(results_dir, figures_dir, apart))
-    text = "\n\n".join(parts)
-    print(text)
-    (results_dir / "tables.md").write_text(text + "\n", encoding="utf-8")
+    if parts:
+        text = "\n\n".join(parts)
+        print(text)
+        (results_dir / "tables.md").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ PANELS = (
     ("return_100", "return, last 100 episodes", False),
     ("accuracy_replay", "accuracy on old pairs", False),
     ("accuracy_fresh", "accuracy on new pairs", False),
-    ("ratio", "second term / first, before the bound", True),
+    ("ratio", "second term / first", True),
     ("inverse_alpha", "1 / temperature", True),
 )
 
@@ -33,17 +33,16 @@ def with_ratios(run: dict) -> dict:
 
 
 def draw(curves) -> Figure:
-    """A row per environment, a column per PANELS: means over seeds of every method, returns with a thin line
+    """A column per environment, a row per PANELS: means over seeds of every method, returns with a thin line
     for every run."""
     environments = list(dict.fromkeys(env_id for env_id, _ in curves))
-    figure = Figure(figsize=(3.2 * len(PANELS), 2.7 * len(environments) + 0.6))
-    axes = figure.subplots(len(environments), len(PANELS), squeeze=False)
+    figure = Figure(figsize=(max(5.5, 3.6 * len(environments)), 2.2 * len(PANELS) + 0.4))
+    axes = figure.subplots(len(PANELS), len(environments), squeeze=False, sharex="col")
     handles, counts = {}, {}
     for (env_id, method), runs in curves.items():
         runs = [with_ratios(run) for run in runs]
-        row = axes[environments.index(env_id)]
         colour, line_style, _ = style(method)
-        for axis, (column, _, _) in zip(row, PANELS):
+        for axis, (column, _, _) in zip(axes[:, environments.index(env_id)], PANELS):
             lines = measured(runs, "global_step", column)
             if not lines:
                 continue
@@ -55,18 +54,21 @@ def draw(curves) -> Figure:
             (line,) = axis.plot(grid / 1000, values.mean(0), **look)
             handles.setdefault(method, line)
             counts.setdefault(method, set()).add(len(lines))
-    for env_id, row in zip(environments, axes):
-        for axis, (_, title, logarithmic) in zip(row, PANELS):
-            axis.set_title(title if axis in axes[0] else "", fontsize="medium")
+    for row, (_, title, logarithmic) in zip(axes, PANELS):
+        row[0].set_ylabel(title)
+        for axis in row:
             axis.margins(x=0)
             axis.grid(alpha=0.25)
             if logarithmic:
                 axis.set_yscale("log")
-        row[0].set_ylabel(env_id.removeprefix("tools.tasks-"))
-        row[0].yaxis.set_major_formatter("{x:,.10g}")
+                axis.yaxis.set_minor_formatter("")
+    for axis, env_id in zip(axes[0], environments):
+        axis.set_title(env_id.removeprefix("tools.tasks-"))
+        axis.yaxis.set_major_formatter("{x:,.10g}")
     figure.supxlabel("environment steps (thousands)", fontsize="medium")
     figure.tight_layout()
-    add_legend(figure, handles, counts)
+    figure.align_ylabels()
+    add_legend(figure, handles, counts, ncols=3)
     return figure
 
 

@@ -30,7 +30,7 @@ STYLES = {
     "pbrl": ("#E69F00", (0, (2, 4)), "PBRL"),
     "hpgd": ("#009E73", "-.", "HPGD, 64 samples"),
     "sobirl": ("#56B4E9", (0, (5, 2)), "SoBiRL (15), expectation"),
-    "sobirl-78": ("#F0E442", "-", "SoBiRL (78), expectation"),
+    "sobirl-78": ("#999933", "-", "SoBiRL (78), expectation"),
     "sobirl-64": ("#56B4E9", ":", "SoBiRL (15), 64 samples"),
     "stoc-sobirl": ("#000000", "-.", "Stoc-SoBiRL, 64 samples"),
     "drlhf": ("#D55E00", "--", "DRLHF"),
