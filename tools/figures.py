@@ -396,13 +396,15 @@ def draw_gate(rows: list[dict], weights: list[dict]) -> Figure:
     colours = dict(zip(environments, ("#0072B2", "#D55E00", "#009E73", "#CC79A7")))
     markers = dict(zip(dict.fromkeys(steps for _, steps in runs), "o^sv"))
     variants = list(dict.fromkeys(row["variant"] for row in rows))[::-1]
+    handles = {}
     for i, run in enumerate(runs):
         env_id, steps = run
         look = dict(color=colours[env_id], linestyle="", marker=markers[steps])
         name = f"{env_id}, {int(steps) // 1000}k steps"
         chosen = [row for row in weights if (row["env_id"], row["steps"]) == run]
         ages, factors = ([float(row[name]) for row in chosen] for name in ("age", "factor"))
-        left.plot(ages, factors, markersize=2.5, alpha=0.5, label=name, **look)
+        left.plot(ages, factors, markersize=2.5, alpha=0.5, **look)
+        handles[name] = Line2D([], [], **look)
 
         chosen = [row for row in rows if (row["env_id"], row["steps"]) == run]
         y = [variants.index(row["variant"]) + 0.3 - 0.6 * i / max(len(runs) - 1, 1) for row in chosen]
@@ -410,7 +412,6 @@ def draw_gate(rows: list[dict], weights: list[dict]) -> Figure:
         errors = [1.96 * float(row["signal_error"]) for row in chosen]
         right.errorbar(cosines, y, xerr=errors, markersize=4, elinewidth=0.8, **look)
     left.set(xlabel="steps since the window or the episode began", ylabel="factor 1 − 2c of an advantage")
-    left.legend(fontsize=7, frameon=False, markerscale=2)
     right.axvline(0.9, color="grey", linewidth=0.8)
     right.set(xlabel="cosine of policy gradient and hypergradient", yticks=range(len(variants)))
     right.set_xlim(-1.05, 1.15)
@@ -418,4 +419,5 @@ def draw_gate(rows: list[dict], weights: list[dict]) -> Figure:
     for axis in (left, right):
         axis.grid(alpha=0.25)
     figure.tight_layout()
+    place_legend(figure, handles)
     return figure
