@@ -25,6 +25,7 @@ import sobirl_discrete
 import sobirl_tabular
 from nystrom import cg_ihvp, nystrom_ihvp
 from support.flags import check_ranges, parse_args
+from tools import speed
 from tools.solvers import Moment, doubled, system
 
 ROOT = Path(__file__).parent.parent
@@ -296,6 +297,13 @@ def test_run_names_stay_in_the_runs_folder(tmp_path):
     assert folder.parent == tmp_path and folder.is_dir()
 
 
+@pytest.mark.parametrize(
+    "name, expected", [("sobirl_discrete.py", True), ("ppo_continuous_action.py", False)]
+)
+def test_which_commands_report_in_a_file(name, expected):
+    assert speed.is_ours(f"{ROOT}/{name}") == expected and not speed.is_ours(f"/elsewhere/{name}")
+
+
 def test_speed_side_by_side(tmp_path):
     other = tmp_path / "other.py"  # reports as CleanRL does, 1,000 steps every 0.2 s
     other.write_text(
@@ -305,7 +313,7 @@ def test_speed_side_by_side(tmp_path):
     ours = (
         f"{sys.executable} {ROOT}/ppo_continuous.py --env-id Pendulum-v1 --num-steps 64 --num-minibatches 2"
     )
-    speed = [
+    measuring = [
         sys.executable,
         ROOT / "tools" / "speed.py",
         ours,
@@ -317,7 +325,7 @@ def test_speed_side_by_side(tmp_path):
         "--csv",
         tmp_path / "speed.csv",
     ]
-    out = subprocess.run(speed, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.splitlines()
+    out = subprocess.run(measuring, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.splitlines()
     table = list(csv.DictReader(open(tmp_path / "speed.csv")))
     assert [row["name"] for row in table] == [ours, f"{sys.executable} {other}"] and float(
         table[0]["env_ms"]
@@ -344,7 +352,7 @@ def test_speed_side_by_side(tmp_path):
         ("a 'b", "quot"),
         (once, "--steps"),
     ):
-        failed = subprocess.run([*speed[:2], bad, "--steps", "640"], capture_output=True, text=True)
+        failed = subprocess.run([*measuring[:2], bad, "--steps", "640"], capture_output=True, text=True)
         assert failed.returncode == 1 and word in failed.stderr and failed.stderr.count("\n") == 1, (
             failed.stderr
         )

@@ -7,7 +7,9 @@ Every command must end by itself and say how far it is: the scripts here do so i
 lines "SPS: n" and "global_step=n". A command's rate is taken from its first report on (steady state: imports
 and first iteration left out). Prints a row per command: median steps per second, median over the turns of the
 ratio to the last command's rate of the same turn, largest memory (peak RSS), and for the scripts here the
-milliseconds of an iteration by phase. All with one thread of PyTorch.
+milliseconds of an iteration by phase. All with one thread of PyTorch. A report counts the steps of the last
+line with a step: of a script that names them more rarely than its rate, as CleanRL's SAC at the end of every
+episode, take --steps at which both its first and its last report lag behind alike.
 """
 
 import csv
@@ -50,7 +52,8 @@ class Measured(NamedTuple):
 
 def is_ours(word: str) -> bool:
     """Whether a word of a command is one of this repository's scripts, which report in progress.csv."""
-    return bool(re.search(r"(blpo|ppo)_\w+\.py$", word)) and (Path(word).parent / "nystrom.py").exists()
+    ours = re.search(r"(blpo|ppo|sobirl)_(continuous|discrete)\.py$", word)
+    return bool(ours) and (Path(word).parent / "nystrom.py").exists()
 
 
 def printed_points(stream) -> tuple[list[tuple[int, float]], str]:
