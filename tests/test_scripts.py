@@ -325,7 +325,8 @@ def test_speed_side_by_side(tmp_path):
         "--csv",
         tmp_path / "speed.csv",
     ]
-    out = subprocess.run(measuring, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.splitlines()
+    done = subprocess.run(measuring, capture_output=True, text=True, check=True, cwd=tmp_path)
+    out = done.stdout.splitlines()
     table = list(csv.DictReader(open(tmp_path / "speed.csv")))
     assert [row["name"] for row in table] == [ours, f"{sys.executable} {other}"] and float(
         table[0]["env_ms"]
