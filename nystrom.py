@@ -216,19 +216,20 @@ def nystrom_ihvp(product, v, rank=2, rho=50.0, sketch="krylov", generator=None):
     return nystrom_solve(Y, omega, v, rho)
 
 
-def cg_ihvp(product, v, rho=50.0, max_iters=50, tol=1e-5, preconditioner=None):
-    """Conjugate gradient on (H + rho I) x = v: one Hessian-vector product an iteration, one more to measure.
+def cg_ihvp(product, v, rho=50.0, max_iters=50, tol=1e-5, preconditioner=None, measure=True):
+    """Conjugate gradient on (H + rho I) x = v: a product with H an iteration, and one more to `measure`.
 
     `preconditioner` maps a residual r (p,) to an approximation of (H + rho I)^{-1} r, for example
     r -> nystrom_solve(Y, omega, r, rho)[0]. Returns x and info: "correction" as in nystrom_solve; "residual",
-    ||(H + rho I) x - v|| / ||v||, measured; "iterations"; and "stopped", which says why:
+    ||(H + rho I) x - v|| / ||v||, measured, or else by CG's recurrence, which drifts away from it after many
+    iterations and is NaN without one; "iterations"; and "stopped", which says why:
 
         "tolerance"   the residual is at most tol
         "iterations"  there were max_iters of them
         "curvature"   not positive along a direction, so that H + rho I is not positive definite: x is what
                       there was before it, v / rho if there was nothing
         "precision"   tol is below what the dtype of v can reach: begun again from the measured residual, more
-                      iterations did not halve it
+                      iterations did not halve it (only if it is measured)
 
     Raises NotFinite where v, a product or the solution is not finite.
     """
@@ -265,6 +266,12 @@ def cg_ihvp(product, v, rho=50.0, max_iters=50, tol=1e-5, preconditioner=None):
             iterations += 1
         if iterations == 0:
             x = unit / rho
+        if not measure:
+            if not math.isfinite(norm(r) + norm(x)):
+                raise NotFinite("the solution overflowed: rho is too small for the dtype of v")
+            residual = norm(r) if iterations else math.nan  # v / rho is not of the recurrence
+            stopped = "tolerance" if residual <= tol else stopped or "iterations"
+            break
         r = unit - product(x) - rho * x
         measured = norm(r)
         if not math.isfinite(measured):
@@ -295,14 +302,14 @@ def solve(method, product, v, rank=2, rho=50.0, sketch="krylov", cg_iters=50, ge
         if method == "nystrom":
             x, info = nystrom_ihvp(product, v, rank, rho, sketch, generator)
         elif method == "cg":
-            x, info = cg_ihvp(product, v, rho, cg_iters, 1e-3)
+            x, info = cg_ihvp(product, v, rho, cg_iters, 1e-3, measure=False)
         elif method == "pcg":
             omega, Y = make_sketch(sketch, product, v, rank, generator)
 
             def preconditioner(r):
                 return nystrom_solve(Y, omega, r, rho)[0]
 
-            x, info = cg_ihvp(product, v, rho, cg_iters, 1e-3, preconditioner)
+            x, info = cg_ihvp(product, v, rho, cg_iters, 1e-3, preconditioner, measure=False)
         else:
             raise ValueError(f"method must be nystrom, cg or pcg, got {method!r}")
     except NotFinite:

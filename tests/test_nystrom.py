@@ -1,12 +1,15 @@
 """nystrom.py against dense float64 linear algebra."""
 
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from nystrom import (
     SKETCHES,
+    NotFinite,
     cg_ihvp,
     hessian_products,
     krylov_sketch,
@@ -17,6 +20,7 @@ from nystrom import (
     sketch_matrix,
     solve,
 )
+from tools import solvers
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -225,6 +229,23 @@ def test_cg_in_single_precision_says_what_it_reached(condition):
     assert again["stopped"] == "tolerance" and again["residual"] <= 1e-6
 
 
+@pytest.mark.parametrize("iterations, tol", [(0, 1e-5), (3, 1e-5), (200, 1e-3)])
+def test_cg_that_does_not_measure_saves_a_product(iterations, tol):
+    """The same solution by as many products as iterations; the recurrence's residual is the true one here."""
+    H, v = random_symmetric(20, 12, torch.linspace(0.1, 30, 20))
+    calls = []
+    counted = lambda u: calls.append(1) or H @ u
+    expected, measured = cg_ihvp(counted, v, 2.0, iterations, tol)
+    first = len(calls)
+    x, info = cg_ihvp(counted, v, 2.0, iterations, tol, measure=False)
+    assert torch.equal(x, expected) and info["stopped"] == measured["stopped"]
+    assert len(calls) - first == info["iterations"] == first - 1
+    known = measured["residual"] if iterations else math.nan
+    assert info["residual"] == pytest.approx(known, rel=1e-9, nan_ok=True)
+    with pytest.raises(NotFinite):
+        cg_ihvp(lambda u: 0 * u, v, rho=5e-324, max_iters=iterations, measure=False)
+
+
 def test_cg_without_an_iteration():
     H, v = random_symmetric(6, 14, [1.0] * 6)
     x, info = cg_ihvp(products(H), v, 1.0, 0)
@@ -354,3 +375,25 @@ NAN = torch.tensor([1.0, float("nan"), 0.0, 0.0], dtype=torch.float64)
 def test_bad_input_names_the_argument(named, call):
     with pytest.raises(ValueError, match=named):
         call(torch.ones(4))
+
+
+# tools/solvers.py
+
+
+def test_solvers_make_the_products_that_are_written_down():
+    matrix = np.diag(np.linspace(0.1, 30, 60))
+    v = np.ones(60)
+    for solver, budgets in solvers.BUDGETS.items():
+        for budget in budgets:
+            made = []
+            product = lambda u: made.append(u[0].size) or matrix @ u  # of one vector, or of several at once
+            solvers.solve(solver, product, v, budget, 50.0, torch.Generator().manual_seed(0))
+            assert sum(made) == budget + 2 * (solver == "pcg"), (solver, budget)
+
+
+def test_a_tracked_run_is_not_written_to(tmp_path):
+    """What goes on with a copy leaves the run's record at wandb and in TensorBoard alone."""
+    (tmp_path / "run").mkdir()
+    given = []
+    solvers.watch(tmp_path / "run", SimpleNamespace(main=given.extend))
+    assert "--no-track" in given and "--no-tensorboard" in given

@@ -80,7 +80,8 @@ def watch(run: Path, script, **watching) -> None:
         vars(script).update(watching)
         with tempfile.TemporaryDirectory() as folder:
             going = shutil.copytree(run, Path(folder) / run.name)
-            script.main(["--resume", str(going / "checkpoint.previous.pt")])
+            untold = ["--no-track", "--no-tensorboard"]  # the run's record is not to be written to
+            script.main(["--resume", str(going / "checkpoint.previous.pt"), *untold])
     except Enough:
         pass
     finally:
@@ -157,14 +158,14 @@ def setup_ms(script, moment: Moment, hessian: str, repeat: int) -> float:
 def solve(solver: str, product, v, budget: int, rho: float, generator):
     """x (p,) by `budget` products with H; CG and preconditioned CG make as many iterations."""
     if solver == "cg":
-        return cg_ihvp(product, v, rho, budget, 0.0)[0]
+        return cg_ihvp(product, v, rho, budget, 0.0, measure=False)[0]
     if solver == "pcg":
         omega, Y = make_sketch("krylov", product, v, 2)
 
         def preconditioner(r):
             return nystrom_solve(Y, omega, r, rho)[0]
 
-        return cg_ihvp(product, v, rho, budget, 0.0, preconditioner)[0]
+        return cg_ihvp(product, v, rho, budget, 0.0, preconditioner, measure=False)[0]
     return nystrom_ihvp(product, v, budget, rho, solver, generator)[0]
 
 
