@@ -49,7 +49,7 @@ words() { # fills the array named $1 from the text $2: lines if there is a line 
 read_settings() { # sets the variables of the first lines, and the arrays envs, seeds, methods and extra_flags
     RUNS_DIR=${RUNS_DIR:-runs}
     PYTHON=${PYTHON:-python}
-    JOBS=${JOBS:-$(nproc)}
+    JOBS=${JOBS:-$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)} # nproc takes these for numbers of cores
     LAUNCHER=${LAUNCHER:-local}
     STEPS=${STEPS:-}
     FLAGS=${FLAGS:-}
@@ -59,6 +59,7 @@ read_settings() { # sets the variables of the first lines, and the arrays envs, 
     [[ $JOBS =~ ^[1-9][0-9]*$ ]] || fail "JOBS must be a positive number, got $JOBS"
     [[ $STEPS =~ ^([1-9][0-9]*)?$ ]] || fail "STEPS must be a positive number, got $STEPS"
     [[ $LAUNCHER == local || $LAUNCHER == slurm ]] || fail "LAUNCHER must be local or slurm, got $LAUNCHER"
+    [[ $LAUNCHER == local ]] || command -v sbatch > /dev/null || fail "LAUNCHER=slurm needs sbatch (Slurm)"
     # Looks for the packages without importing them, which would take seconds.
     local there='import sys; from importlib.util import find_spec as f
 sys.exit(not (f("gymnasium") and f("torch")))'
@@ -75,6 +76,9 @@ sys.exit(not (f("gymnasium") and f("torch")))'
     local evaluates_nothing='--eval[-_]episodes[= ]0+ '
     [[ ! "${extra_flags[*]} " =~ $evaluates_nothing ]] ||
         fail "FLAGS must not have --eval-episodes 0, because a run is finished when it is evaluated: drop it"
+    local owned='--(env[-_]id|exp[-_]name|seed|total[-_]timesteps|runs[-_]dir|resume|evaluate|method)[= ]'
+    [[ ! "${extra_flags[*]} " =~ $owned ]] ||
+        fail "FLAGS must not have --${BASH_REMATCH[1]}, which benchmark.sh gives each run itself: drop it"
     local seed method
     for seed in "${seeds[@]}"; do
         [[ $seed =~ ^(0|[1-9][0-9]*)$ ]] || fail "SEEDS must be numbers without leading zeros, got $seed"
@@ -401,9 +405,9 @@ show_failures() {
     done
 }
 
-draw_results() {
+draw_results() { # one benchmark.sh at a time
     plot_command
-    "${command[@]}"
+    (flock 8 && "${command[@]}") 8> "$RUNS_DIR/locks/results"
 }
 
 run_local_queue() {

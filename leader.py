@@ -13,8 +13,11 @@ so that the gradient of E[l] has two terms, the second one with grad Q and grad 
     (78)    (1/alpha) E[(l - b) sum_{i,h} (grad r_x(s, a) - E_a' grad r_x(s, a'))],    a' ~ pi(.|s)
 
 (78) keeps of (14) the first step. The baseline b, the mean loss of the other pairs, is not in the paper: it
-changes no expectation, since that of the sum is 0 on pairs that pi has played. A loss that has one of these
-as its gradient is linear in r_x and has no minimum; what keeps it in check is `bounded`, with a bound.
+changes no expectation where pairs are independent and pi has played them, since that of the sum is 0 then.
+(Pairs of one query may share steps, and where episodes terminate no segment crosses an end.) Of several
+members pi maximises the mean, and f is the sum of their losses: l in the second term is the mean. A loss that
+has one of these as its gradient is linear in r_x and has no minimum; what keeps it in check is `bounded`,
+with a bound.
 
 The penalty method (PBRL: Shen, Yang & Chen, arXiv:2402.06886) differentiates no policy. The pairs are played
 by a second one, the leader's own, and the leader pays for what that one's return lacks to the follower's:
@@ -23,6 +26,8 @@ by a second one, the leader's own, and the leader pays for what that one's retur
 
 This term is linear in r_x, too. It is taken as it is, without a bound: lambda says how much it counts.
 """
+
+import math
 
 import numpy as np
 import torch
@@ -188,10 +193,10 @@ def preference_gradient(reward: Reward, pairs: Pairs):
 
 
 def hyper_weights(losses, alpha: float, baseline: bool):
-    """(l - b) / alpha of each pair, divided by the number of pairs, (..., M): what the sums of (14) and (78)
-    are weighed with, from the losses l (..., M), which count as constants there."""
-    M = losses.shape[-1]
-    others = (losses.sum(-1)[..., None] - losses) / max(M - 1, 1)
+    """(l - b) / alpha of each pair, divided by the number of pairs, (M,): what the sums of (14) and (78) are
+    weighed with, from the losses l (M,), which count as constants there."""
+    M = len(losses)
+    others = (losses.sum() - losses) / max(M - 1, 1)
     return (losses - others if baseline else losses) / (alpha * M)
 
 
@@ -203,8 +208,8 @@ def hyper_gradient(reward: Reward, pairs: Pairs, others, chances, alpha: float, 
     each, rewards = reward.at(pairs.obs, actions)  # (members, 1 + A, M, 2, L)
     losses, _ = preference_loss(margins_of(rewards[:, 0]), pairs.labels)
     expected = (chances * rewards[:, 1:]).sum(1)
-    weights = hyper_weights(losses, alpha, baseline)
-    by_rewards = xp.ones_like(rewards) * weights[:, None, :, None, None]
+    weights = hyper_weights(losses.mean(0), alpha, baseline)
+    by_rewards = xp.ones_like(rewards) * weights[:, None, None]
     by_rewards[:, 1:] *= -chances
     return reward.gradient(each, rewards, by_rewards), (rewards[:, 0] - expected).sum((-2, -1)).mean()
 
@@ -217,8 +222,8 @@ def suffix_gradient(reward: Reward, pairs: Pairs, gamma: float, alpha: float, ba
     steps = namespace(rewards).empty_like(rewards[0, 0, 0])  # (L,)
     steps[:] = on_device(np.cumsum(gamma ** np.arange(len(steps))), rewards.device)
     losses, _ = preference_loss(margins_of(rewards), pairs.labels)
-    weights = hyper_weights(losses, alpha, baseline)
-    by_sums = (weights - weights.mean(-1)[:, None])[..., None, None]  # each sum is also a part of the mean
+    weights = hyper_weights(losses.mean(0), alpha, baseline)
+    by_sums = (weights - weights.mean())[:, None, None]  # each sum is also a part of the mean
     return reward.gradient(each, rewards, by_sums * steps * namespace(rewards).ones_like(rewards))
 
 
@@ -236,8 +241,10 @@ def penalty_gradient(reward: Reward, best, rival, weight: float):
 
 def bounded(direct, second, bound: float):
     """direct + second (p,), the latter shrunk to the norm bound * ||direct|| where it is longer, and not at
-    all if bound is 0; and metrics."""
+    all if bound is 0; dropped if not finite; and metrics."""
     size, second_size = norm(direct), norm(second)
+    if not math.isfinite(second_size):
+        return direct, dict(hyper_grad_norm=math.nan, hyper_cosine=math.nan, hyper_bound_active=1.0)
     cosine = float(direct @ second) / max(size * second_size, 1e-30)
     scale = min(1.0, bound * size / max(second_size, 1e-30)) if bound else 1.0
     found = dict(hyper_grad_norm=second_size, hyper_cosine=cosine, hyper_bound_active=float(scale < 1))

@@ -56,7 +56,8 @@ from support.command import start
 from support.environments import Environments
 from support.flags import Count, Few, Name, Natural, NonNegative, Positive, Size
 from support.flags import UnitInterval, UnitStep, UpToBillion, UpToMillion
-from support.preferences import Pairs, PreferenceFlags, Preferences, accuracy, check_queries, margins_of
+from support.preferences import SECOND_TERM, Pairs, PreferenceFlags, Preferences, accuracy
+from support.preferences import check_queries, check_schedule, generator_of, margins_of
 from support.replay import Replay, Taken, Transitions, check_memory
 from support.run_folder import Metrics, Run, finite, generators
 
@@ -174,13 +175,8 @@ class Args(PreferenceFlags):
 
 def check_args(args: Args) -> None:
     """Rules between several flags; the range of a single one is part of its type."""
-    enough = args.total_timesteps >= args.outer_steps
-    args.require("total_timesteps", enough, f"be at least --outer-steps {args.outer_steps}")
-    later = args.learning_starts < args.total_timesteps
-    args.require("learning_starts", later, f"be less than --total-timesteps {args.total_timesteps}")
+    check_schedule(args, {"policy_frequency": args.policy_frequency})
     check_memory(args)
-    often = args.policy_frequency <= args.total_timesteps
-    args.require("policy_frequency", often, f"be at most --total-timesteps {args.total_timesteps}")
     if args.leads:
         check_queries(args)
 
@@ -339,11 +335,13 @@ def penalty_term(reward: Reward, preferences: Preferences, begin: int, args: Arg
 def rival_gradient(rival: Actor, reward: Reward, preferences: Preferences, generator, args: Args):
     """pbrl: that of E[l] by the rival's parameters, over a few of the pairs that it has played: REINFORCE."""
     pairs = pairs_at(preferences.some_fresh(args.hyper_batch_size, generator), preferences, args)
-    losses, _ = preference_loss(margins_of(reward.at(pairs.obs, pairs.actions)[1].mean(0)), pairs.labels)
+    losses, _ = preference_loss(margins_of(reward.at(pairs.obs, pairs.actions)[1]), pairs.labels)
+    losses = losses.mean(0)  # of the members
     weights = losses - losses.mean() if args.baseline else losses
     by_log_prob = namespace(losses).ones_like(pairs.obs[..., 0]) * (weights / len(weights))[:, None, None]
     J = rival.jacobian(pairs.obs.reshape(-1, pairs.obs.shape[-1]))
     policy = SquashedGaussian.of(J.outputs, pairs.actions.reshape(len(J.outputs), -1))
+    policy.noise = policy.noise.clip(-6, 6)  # an action at the edge of the box hides how far beyond u was
     return policy.score(by_log_prob.reshape(-1)) @ J
 
 
@@ -402,7 +400,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     parts |= dict(envs=envs, replay=replay, **generators(args))
     if args.leads:
         parts |= dict(reward=reward, reward_adam=reward_adam, preferences=preferences)
-        parts["hyper"] = torch.Generator().manual_seed(args.seed)  # of the second term: disturbs no other
+        parts["hyper"] = generator_of(args, SECOND_TERM)
     if args.method == "pbrl":
         rival = Actor(obs_dim, 2 * action_size, args.hidden_size, args.device)
         rival_adam = FusedAdam(rival.vector, args.policy_lr)
@@ -490,7 +488,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                             _, gradient = actor_gradient(J, policy, critic, mb.obs, alpha)
                             if preferences.queries > 1 and len(preferences.fresh):
                                 term = rival_gradient(rival, reward, preferences, parts["hyper"], args)
-                                gradient = gradient + term / args.penalty
+                                gradient = gradient + term / (args.penalty * reward.std)
                             rival_adam.step(gradient)
                     lap("actor")
 

@@ -116,7 +116,7 @@ class Args(Flags):
 def check_args(args: Args) -> None:
     """Refuses what cannot work before any work starts; every message names the flag and the fix."""
     check_ranges(args)
-    alone = args.samples == 1 and args.baseline
+    alone = args.samples == 1 and args.baseline and args.method in ("sobirl", "stoc-sobirl")
     others = "be at least 2, or come with --no-baseline: the baseline is the mean of the others"
     args.require("samples", not alone, others)
     sampled = args.samples != 0 or args.method != "stoc-sobirl"

@@ -16,7 +16,7 @@ from support.acting import numpy_policy
 from support.environments import EVALUATION, Environments, RunningMeanStd, make_env
 from support.flags import FOREIGN, fail, say, shown
 from support.names import slug
-from support.run_folder import MODEL, Run, Stop, misfit
+from support.run_folder import EVALUATIONS, MODEL, Run, Stop, misfit
 
 
 class Episodes(NamedTuple):
@@ -113,7 +113,7 @@ def finish(run: Run, actor, critic, envs: Environments, args, **others) -> None:
             raise Stop(f"the evaluation at the end failed in {args.env_id}") from problem
         rows = zip(found.returns.tolist(), found.lengths.tolist(), found.cut.astype(int).tolist())
         lines = ["return,length,cut", *(f"{r!r},{n},{cut}" for r, n, cut in rows)]
-        run.save("evaluation.csv", "\n".join(lines) + "\n")
+        run.save(EVALUATIONS, "\n".join(lines) + "\n")
         say(summary(args, found))
     say(f"results in {run.folder}")
 

@@ -4,6 +4,11 @@ import re
 import zlib
 
 
+def no_flag(path) -> str:
+    """A path as a word of a command line that no program takes for a flag."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
+
+
 def slug(name: str) -> str:
     """A name in letters, digits, points and dashes of ASCII; whatever else is in it becomes dashes. Names
     with letters from elsewhere, which would all look alike then, get a checksum that keeps them apart."""

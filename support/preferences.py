@@ -16,6 +16,8 @@ from support.games import is_game
 from support.replay import Replay
 from support.run_folder import Stop
 
+# Streams of random numbers, beside that of networks and actions: what draws from one disturbs no other
+QUERIES, TEACHER, SECOND_TERM = range(3)
 AT_ONCE = 50  # pairs whose rewards are predicted at once: images are large
 OLD_PAIRS = 300  # from the whole memory, on which predictions are measured
 
@@ -56,13 +58,28 @@ class PreferenceFlags(RunFlags):
     """discount of the teacher's sums, from their ends: the last steps count most"""
 
 
+def check_schedule(args, every: dict[str, int]) -> None:
+    """Refuses a schedule by which a run of whole iterations learns nothing. every: flags, and the steps
+    between what they time."""
+    played = args.total_timesteps // args.outer_steps * args.outer_steps
+    args.require("total_timesteps", played > 0, f"be at least --outer-steps {args.outer_steps}")
+    steps = f"{played:,} steps, the whole iterations of --total-timesteps {args.total_timesteps}"
+    args.require("learning_starts", args.learning_starts < played, f"be less than {steps}")
+    for flag, steps_between in every.items():
+        due = played // steps_between > args.learning_starts // steps_between
+        args.require(flag, due, f"be due once at least, after --learning-starts and within {steps}")
+    if args.hyper:
+        last = played - args.outer_steps + args.query_steps
+        args.require("hyper_start", args.hyper_start <= last, f"be at most {last:,}, the last query's step")
+
+
 def check_queries(args) -> None:
     """Rules between the flags of a script with a leader."""
     begins = args.learning_starts > 0 and args.learning_starts % args.outer_steps == 0
     args.require("learning_starts", begins, f"be a multiple of --outer-steps {args.outer_steps}, and not 0")
-    within = args.segment <= args.query_steps <= args.outer_steps
-    limits = f"--segment {args.segment} and --outer-steps {args.outer_steps}"
-    args.require("query_steps", within, f"lie between {limits}")
+    within = args.segment < args.query_steps <= args.outer_steps
+    limits = f"more than --segment {args.segment} and at most --outer-steps {args.outer_steps}"
+    args.require("query_steps", within, f"be {limits}: there are to be different segments")
     most = args.outer_steps - args.segment
     both = args.method != "pbrl" or args.query_steps <= most  # the penalty compares what the two have played
     rest = f"at most {most}, so that pbrl's follower plays a segment, too: lower it or raise --outer-steps"
@@ -75,6 +92,11 @@ def check_queries(args) -> None:
     args.require("reward_members", several, "be at least 2 with --query disagreement")
     with_action = args.method != "sobirl" or args.reward_input != "state"
     args.require("reward_input", with_action, "be state-action with sobirl, whose second term is 0 otherwise")
+    args.require("label_skip", args.label_skip < 1, "be less than 1: without an answer nothing is learned")
+    for flag in ("label_skip", "label_equal"):
+        share = getattr(args, flag)
+        some = share == 0 or round(share * args.pairs) > 0
+        args.require(flag, some, f"be 0, or at least one of --pairs {args.pairs}")
 
 
 def sigmoid(x):
@@ -126,7 +148,13 @@ class Teacher:
 
 def lowest(values, share: float):
     """Where the lowest share of the values is."""
-    return np.argsort(values, kind="stable")[: int(share * len(values))]
+    return np.argsort(values, kind="stable")[: round(share * len(values))]
+
+
+def generator_of(args, stream: int) -> torch.Generator:
+    """Random numbers that no other stream of a run has."""
+    (seed,) = np.random.SeedSequence([args.seed, stream]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
 
 
 class Preferences:
@@ -138,8 +166,8 @@ class Preferences:
         self.args = args
         self.replay = replay
         self.predict = predict  # the learned rewards (members, ...) of obs (..., obs_dim) and actions
-        self.generator = torch.Generator().manual_seed(args.seed)  # of queries, labels and minibatches
-        self.teacher = Teacher(args, self.generator)
+        self.generator = generator_of(args, QUERIES)  # of queries and minibatches
+        self.teacher = Teacher(args, generator_of(args, TEACHER))
         self.starts = np.zeros((0, 2), np.int64)
         self.labels = np.zeros(0, np.float32)
         self.asked = 0  # labels that the teacher has given
@@ -166,8 +194,8 @@ class Preferences:
     def choose(self, begin: int, count: int) -> np.ndarray:
         """First rows (count, 2) of pairs of segments."""
         if self.args.query == "uniform":
-            return self.segments(begin, count, 2)
-        candidates = self.segments(begin, self.args.query_oversample * count, 2)
+            return self.different(begin, count)
+        candidates = self.different(begin, self.args.query_oversample * count)
         q = sigmoid(margins_of(self.predicted(candidates)))  # (members, candidates)
         worth = q.std(0) if self.args.query == "disagreement" else -abs(q.mean(0) - 0.5)
         return candidates[np.argsort(-worth, kind="stable")[:count]]
@@ -184,7 +212,7 @@ class Preferences:
     def measure(self, fresh) -> None:
         """Compares learned with true rewards: on the pairs of a query, on pairs from the whole memory, and on
         the last steps."""
-        old = self.segments(0, OLD_PAIRS, 2)
+        old = self.different(0, OLD_PAIRS)
         true, true_old = (margins_of(self.true_rewards(starts)) for starts in (fresh, old))
         learned, learned_old = (margins_of(self.predicted(starts)).mean(0) for starts in (fresh, old))
         numbers = self.replay.recent(1000)
@@ -200,6 +228,17 @@ class Preferences:
         """First rows of segments from the row `begin` on, and before the row `end`, in an array of this
         shape."""
         return self.replay.segments(begin, self.args.segment, shape, self.generator, end)
+
+    def different(self, begin: int, count: int) -> np.ndarray:
+        """First rows (count, 2) of pairs of two different segments from the row `begin` on, each pair as
+        likely as any other; (0, 2) where there are no two."""
+        starts = self.replay.starts(begin, self.args.segment)
+        n = len(starts)
+        if n < 2:
+            return np.zeros((0, 2), int)
+        first = torch.randint(n, (count,), generator=self.generator)
+        further = torch.randint(1, n, (count,), generator=self.generator)
+        return starts[torch.stack([first, (first + further) % n], 1).numpy()]
 
     def steps(self, starts):
         """What was done in the segments with the first rows `starts`, (*shape, L, ...)."""
@@ -227,6 +266,9 @@ class Preferences:
         """Ends a run whose first query says nothing; notes where one says little, or where episodes say what
         only rewards should."""
         env_id = self.args.env_id
+        if not len(rewards):
+            what = f"--segment {self.args.segment} fits only once into what was played"
+            raise Stop(f"{what}: lower it", status=2)
         ties = np.mean(margins_of(rewards) == 0)
         where = f"of the first query {ties:.0%} of the pairs tie"
         if ties == 1:
@@ -260,12 +302,14 @@ class Preferences:
     def state_dict(self) -> dict:
         arrays = {"starts": torch.as_tensor(self.starts), "labels": torch.as_tensor(self.labels)}
         numbers = {"asked": self.asked, "queries": self.queries}
-        return arrays | numbers | {"generator": self.generator.get_state()}
+        generators = {"generator": self.generator.get_state(), "teacher": self.teacher.generator.get_state()}
+        return arrays | numbers | generators
 
     def load_state_dict(self, state: dict) -> None:
         self.starts, self.labels = state["starts"].numpy(), state["labels"].numpy()
         self.asked, self.queries = state["asked"], state["queries"]
         self.generator.set_state(state["generator"])
+        self.teacher.generator.set_state(state["teacher"])
 
 
 # Measures, against the environment's reward
@@ -288,7 +332,7 @@ def accuracy(margins, true_margins) -> float:
 
 
 def bayes_ceiling(true_margins) -> float:
-    """The accuracy against Bernoulli labels that nobody exceeds, E max(p, 1 - p)."""
+    """The accuracy against --labels bernoulli that nobody exceeds, E max(p, 1 - p), ties included."""
     return float(sigmoid(abs(true_margins)).mean()) if len(true_margins) else np.nan
 
 

@@ -198,17 +198,22 @@ class Replay:
         `end` if it is given, each as likely as any other: the numbers of their first rows, in an array of
         this shape. There are none, (0, ...), where all episodes there are shorter; where all in the memory
         are, the run ends."""
+        starts = self.starts(begin, length, end)
+        if not len(starts):
+            return np.zeros((0, *shape[1:]), int)
+        return starts[torch.randint(len(starts), shape, generator=generator).numpy()]
+
+    def starts(self, begin: int, length: int, end=None):
+        """The first rows of all such segments, in order."""
         whole = begin <= self.first and end is None
         numbers = np.arange(max(begin, self.first), self.written if end is None else end)
         ends = np.concatenate([[0], np.cumsum(~self.is_step(numbers))])  # before each of the rows
         starts = numbers[: max(0, len(numbers) - length + 1)][ends[length:] == ends[:-length]]
-        if not len(starts) and not whole:
-            return np.zeros((0, *shape[1:]), int)
-        if not len(starts):
+        if not len(starts) and whole:
             longest = np.bincount(ends[1:][self.is_step(numbers)]).max()
             what = f"--segment {length} is longer than any episode, of {longest} steps at most"
             raise Stop(f"{what}: lower it", status=2)
-        return starts[torch.randint(len(starts), shape, generator=generator).numpy()]
+        return starts
 
     # Checkpoints, which are written after the rows that they count on are on the disk
 

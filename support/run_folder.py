@@ -32,11 +32,12 @@ import torch
 from tqdm import tqdm
 
 from support.flags import fail, say, script_of, shown
-from support.names import slug
+from support.names import no_flag, slug
 
 CHECKPOINT = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
 MODEL = "model.pt"
+EVALUATIONS = "evaluation.csv"
 LOCK = "run.lock"
 
 
@@ -298,13 +299,16 @@ class Run:
     def go_on(self) -> None:
         """What changes in the folder of a run that goes on.
 
-        An older checkpoint becomes the last one: the newer one counts on rows that will now be written again.
-        A larger --total-timesteps moves the end of the run, which may have been reached: config.json then has
-        the new one, and what was evaluated at the old one keeps its numbers under another name. Rows after
-        the checkpoint are dropped, because they are measured again.
+        An older checkpoint becomes the last one: the newer one counts on rows that will now be written again,
+        and what an end that had been reached has left goes, until the run ends again. A larger
+        --total-timesteps moves the end of the run, which may have been reached: config.json then has the new
+        one, and the evaluation and the model of the old one go on under another name. Rows after the
+        checkpoint are dropped, because they are measured again.
         """
         with self.storing():
             if self.restored["path"].name != CHECKPOINT:
+                for name in (EVALUATIONS, MODEL):  # in this order: a run is finished if it is evaluated
+                    (self.folder / name).unlink(missing_ok=True)
                 os.replace(self.restored["path"], self.folder / CHECKPOINT)
             before = self.restored["args"].total_timesteps
             if self.args.total_timesteps != before:
@@ -315,8 +319,10 @@ class Run:
 
     def move_the_end(self, before: int) -> None:
         """Makes --total-timesteps, which was `before`, the end of the run."""
-        if (self.folder / "evaluation.csv").exists():
-            os.replace(self.folder / "evaluation.csv", self.folder / f"evaluation.{before}.csv")
+        for name in (EVALUATIONS, MODEL):
+            path = self.folder / name
+            if path.exists():
+                os.replace(path, path.with_name(f"{path.stem}.{before}{path.suffix}"))
         self.config["flags"]["total_timesteps"] = self.args.total_timesteps
         self.save("config.json", json.dumps(self.config, indent=2) + "\n")
         total = f"{self.args.total_timesteps:,} steps, not at {before:,}"
@@ -465,9 +471,9 @@ class Run:
     def stop(self, message: str, status: int = 1) -> NoReturn:
         """Ends the process with one line, which says how to go on."""
         self.close()
-        if (self.folder / CHECKPOINT).exists():
+        if status != 2 and (self.folder / CHECKPOINT).exists():  # 2: a flag is wrong, and would be again
             script = os.path.relpath(script_of(self.args))
-            again = shlex.join([script, "--resume", str(self.folder)])
+            again = shlex.join([script, "--resume", no_flag(self.folder)])
             message += f"; go on from the last checkpoint: python {again}"
         say(message, error=True)
         raise SystemExit(status)

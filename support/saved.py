@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from support.flags import check_ranges, fail, given_flags, say, script_of, shown
+from support.names import no_flag
 from support.replay import FILE as REPLAY
 from support.run_folder import CHECKPOINT, MODEL, PREVIOUS, git_commit, lock_folder, versions
 
@@ -26,7 +27,7 @@ def load(flag: str, args, *names: str) -> tuple[dict, Path]:
     older = path.with_name(PREVIOUS)
     hint = ""
     if path.name == CHECKPOINT and os.path.exists(older):
-        hint = f"; the one before it: {flag} {shlex.quote(str(older))}"
+        hint = f"; the one before it: {flag} {shlex.quote(no_flag(older))}"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         own = saved["config"]

@@ -5,6 +5,7 @@ import csv
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -507,6 +508,28 @@ def test_runs_that_are_not_evaluated_are_refused(flags, tmp_path):
     """They would never count as finished, and be resumed for ever."""
     _, err = finish(benchmark(tmp_path, PYTHON=stand_in(tmp_path), FLAGS=flags), status=2)
     assert err.startswith("error: FLAGS must not have --eval-episodes 0") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", ["--exp-name=mine", "--total_timesteps 5", "--gamma\n0.9\n--seed\n3"])
+def test_what_benchmark_sets_itself_is_no_flag(flags, tmp_path):
+    """Runs of another name, seed or length would not be found again."""
+    _, err = finish(benchmark(tmp_path, PYTHON=stand_in(tmp_path), FLAGS=flags), status=2)
+    assert err.startswith("error: FLAGS must not have --") and err.count("\n") == 1
+    assert re.search("--(exp-name|total_timesteps|seed), which", err)
+
+
+def test_the_number_of_threads_is_no_number_of_cores(tmp_path):
+    """nproc obeys OMP_NUM_THREADS, which is often set; Slurm is told how many run at once."""
+    write_script(tmp_path / "bin" / "sbatch", f"printf '%s\\n' \"$@\" > {tmp_path}/arguments\necho 7\n")
+    settings = dict(PYTHON=stand_in(tmp_path), PATH=f"{tmp_path}/bin:{os.environ['PATH']}", JOBS="")
+    settings |= dict(LAUNCHER="slurm", ENVS="Pendulum-v1", SEEDS="1", OMP_NUM_THREADS="37")
+    finish(benchmark(tmp_path, **settings))
+    cores = len(os.sched_getaffinity(0))
+    assert f"--array=0-2%{cores}" in (tmp_path / "arguments").read_text().splitlines()
+    settings["PATH"] = f"{tmp_path}/empty:/usr/bin:/bin"
+    if not shutil.which("sbatch", path=settings["PATH"]):
+        _, err = finish(benchmark(tmp_path, **settings | {"RUNS_DIR": "none"}), status=2)
+        assert "needs sbatch" in err and not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("flags", [["--dri-run"], ["--job"], ["--job", "6"], ["--job", "a[$(touch pwned)]"]])

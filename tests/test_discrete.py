@@ -301,8 +301,8 @@ def test_gradient_of_the_second_term(given, baseline, inputs, float64):
     pi = torch.softmax(actor.net(obs.flatten(0, 2)), 1).reshape(6, 2, 4, 3).detach()
     assert pi.std(-1).max() > 0.05
     scores = (rewards - (pi * every).sum(-1)).sum((-2, -1))
-    losses = cross_entropy(rewards, batch.labels).detach()
-    b = (losses.sum(1, keepdim=True) - losses) / 5 if baseline else 0.0
+    losses = cross_entropy(rewards, batch.labels).detach().mean(0)  # of the members
+    b = (losses.sum() - losses) / 5 if baseline else 0.0
     loss = ((losses - b) * scores).mean(1).sum() / 0.2
     expected = flat(torch.autograd.grad(loss, list(reward.parameters())))
     assert np.allclose(gradient, expected, atol=1e-13) and expected.abs().max() > 1e-3
@@ -319,16 +319,15 @@ def test_the_other_terms(float64):
     every = learned(reward, batch.obs)
     rewards = of_actions(every, batch.actions)
     discounts = torch.tensor([1, 1.5, 1.75, 1.875])  # sums of 0.5^k
-    losses = cross_entropy(rewards, batch.labels).detach()
+    losses = cross_entropy(rewards, batch.labels).detach().mean(0)
     sums = rewards * discounts
     scores = (sums - sums.mean((1, 2), keepdim=True)).sum((-2, -1))
-    b = (losses.sum(1, keepdim=True) - losses) / 5
+    b = (losses.sum() - losses) / 5
     expected = ((losses - b) * scores).mean(1).sum() / 0.2
     assert np.allclose(found, flat(torch.autograd.grad(expected, list(reward.parameters()))), atol=1e-13)
 
     args = flags("--method", "pbrl")
     found = sobirl.rival_gradient(rival, reward, given_pairs(batch), None, args)
-    losses = cross_entropy(rewards.mean(0), batch.labels).detach()
     log_pi = torch.log_softmax(rival.net(torch.as_tensor(batch.obs)), -1)
     log_prob = of_actions(log_pi, batch.actions).sum((1, 2))
     loss = ((losses - losses.mean()) * log_prob).mean()
@@ -500,6 +499,7 @@ BAD = [
     (["--method", "sobirl", "--reward-input", "state"], "--reward-input", "state-action"),
     (["--update-frequency", "0"], "--update-frequency", "at least 1"),
     (["--update-frequency", "241"], "--update-frequency", "--total-timesteps"),
+    (["--target-frequency", "241"], "--target-frequency", "due once at least"),
     (["--target-frequency", "0"], "--target-frequency", "at least 1"),
     (["--target-entropy", "1.1"], "--target-entropy", "[0, 1]"),
     (["--hyper-actions", "4"], "--hyper-actions", ""),

@@ -87,8 +87,16 @@ def by_hand(moment: Moment, rho=0.3, windows=1, carried=False, leader="return", 
     c = [sum(trace(t, k) * w[t].item() for t in range(earliest, k + 1)) for k in range(begin, end)]
 
     old = torch.stack(advantages(moment.old_critic)[0]).detach()
-    importance = weight if windows > 1 else ratio
-    surrogate = (importance[begin:] * torch.tensor(c) * old * log_pi[begin:]).sum()
+    surrogate = (ratio[begin:] * torch.tensor(c) * old * log_pi[begin:]).sum()
+    if windows > 1:  # the weights of steps move with the policy, and with them the targets of the critic
+        moving = weight * (log_pi - log_pi.detach()).exp()
+        V, V_next = (moment.old_critic(x.double()).detach() for x in (obs, next_obs))
+        delta = rewards + GAMMA * (1 - terminated.double()) * V_next - V
+        surrogate = sum(
+            w[t].item() * trace(t, k, weighted=False) * moving[t : k + 1].prod() * delta[k]
+            for t in range(begin, end)
+            for k in range(t, end)
+        )
     theta = list(moment.actor.parameters())
     implicit = torch.autograd.grad(2 / (end - begin) * surrogate, theta)
     return np.array(c), torch.cat([part.flatten() for part in implicit]).numpy()
@@ -245,6 +253,11 @@ def test_bad_runs_are_refused(run, tmp_path):
     flags += " --num-minibatches 2 --eval-episodes 1 --total-timesteps 384 --checkpoint-every 2"
     nested = blpo_continuous.main([*flags.split(), "--ihvp", "none"])
     assert "not a run of blpo_continuous.py with two checkpoints and a solver" in answer(nested)
+
+    lonely = flags.replace("--num-envs 4 --num-steps 16", "--num-envs 1 --num-steps 64")
+    lonely = lonely.replace("384", "640").replace("--checkpoint-every 2", "--checkpoint-every 5")
+    lonely = blpo_continuous.main([*lonely.split(), "--exp-name", "lonely"])
+    assert f"{lonely} has one environment" in answer(lonely)
 
     short = blpo_continuous.main([*flags.split(), "--exp-name", "short"])
     assert f"{short} has no {WINDOWS} iterations after its last checkpoint but one" in answer(short)

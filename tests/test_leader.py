@@ -94,6 +94,29 @@ def test_surrogate_is_the_one_step_hypergradient(seed):
     assert (first + second - tabular.exact(problem, x, Q, {}, args, None)).abs().max() <= 1e-12
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_several_members_share_a_policy(seed):
+    """Two tables of rewards, whose mean the policy maximises: the total derivative of the sum of their losses
+    is (13) of each, and (78) of each with the mean of both losses."""
+    problem = tabular.replace(tabular.preference(seed), gamma=0.0)
+    s, a, chances = enumerated(problem)
+    labels = margins_of(true_reward(seed)[s, a]).sigmoid()
+    x = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+
+    def losses_of(tables):
+        return torch.stack([preference_loss(margins_of(r[s, a]), labels)[0] for r in tables])
+
+    pi = torch.softmax(x.mean(0) / problem.tau, 1)
+    total = chances(pi) @ losses_of(x).sum(0)
+    exact = torch.autograd.grad(total, x, retain_graph=True)[0]
+
+    pi, chance = pi.detach(), chances(pi).detach()
+    weighted = losses_of(x).mean(0).detach() * chance * len(chance)
+    second = [hyper_loss(r[s, a], (pi * r).sum(1)[s], weighted, problem.tau, False) for r in x]
+    found = torch.autograd.grad(chance @ losses_of(x).sum(0) + sum(second), x)[0]
+    assert (found - exact).abs().max() <= 1e-12 < exact.abs().max()
+
+
 def test_scores_and_baselines_on_policy_and_off():
     """The expected score is 0 for pairs that pi has played, not for those of others; on-policy the baseline
     changes no expectation, enumerated over two independent pairs."""
@@ -137,7 +160,7 @@ def learned(reward, obs, actions):
 @pytest.mark.parametrize("baseline", [True, False])
 @pytest.mark.parametrize("given", [[], ["--reward-output", "linear"], ["--reward-members", 3]])
 def test_gradient_of_the_second_term(given, baseline):
-    """(78) with expectations over five actions of any chances, each member by itself."""
+    """(78) with expectations over five actions of any chances, the weights from the members' mean losses."""
     reward, batch = reward_net(*given), pairs()
     rng = np.random.default_rng(1)
     others, chances = rng.uniform(-1, 1, (5, 6, 2, 4, 2)), rng.dirichlet(np.ones(5), (6, 2, 4))
@@ -150,7 +173,8 @@ def test_gradient_of_the_second_term(given, baseline):
     losses = torch.nn.functional.binary_cross_entropy_with_logits(
         margins_of(rewards), torch.as_tensor(batch.labels).expand(len(rewards), 6), reduction="none"
     ).detach()
-    b = (losses.sum(1, keepdim=True) - losses) / 5 if baseline else 0.0
+    losses = losses.mean(0)
+    b = (losses.sum() - losses) / 5 if baseline else 0.0
     scores = (rewards - expected).sum((-2, -1))
     loss = ((losses - b) * scores).mean(1).sum() / 0.2
     assert np.allclose(gradient, flat(torch.autograd.grad(loss, list(reward.parameters()))), atol=1e-13)
@@ -173,7 +197,8 @@ def test_gradient_of_suffixes(given, baseline):
             Q[..., h] = Q[..., h] + gamma ** (k - h) * rewards[..., k]
     V = Q.mean((1, 2), keepdim=True)  # for every h
     scores = (Q - V).sum((-2, -1))
-    b = (losses.sum(1, keepdim=True) - losses) / 5 if baseline else 0.0
+    losses = losses.mean(0)
+    b = (losses.sum() - losses) / 5 if baseline else 0.0
     loss = ((losses - b) * scores).mean(1).sum() / 0.2
     assert np.allclose(gradient, flat(torch.autograd.grad(loss, list(reward.parameters()))), atol=1e-12)
 
@@ -207,6 +232,9 @@ def test_bounded():
     assert np.allclose(total, [3.0, 6.0]) and found["hyper_bound_active"] == 0
     assert (bounded(direct, second, 0.0)[0] == direct + second).all()
     assert (bounded(direct, 0 * second, 0.3)[0] == direct).all()
+    for bound in (0.0, 0.3):  # what has overflowed is left out
+        total, found = bounded(direct, np.array([math.nan, 1.0]), bound)
+        assert (total == direct).all() and math.isnan(found["hyper_grad_norm"])
 
 
 @pytest.mark.parametrize("given", [[], ["--reward-members", 2]])
@@ -221,22 +249,43 @@ def test_gradient_of_the_penalty(given):
 
 @pytest.mark.parametrize("baseline", [True, False])
 def test_gradient_of_the_rival(baseline):
-    """REINFORCE: the mean of losses, less their mean, times the gradient of log y over both segments."""
+    """REINFORCE: the losses, of the members' mean, less their mean, times the gradient of log y over both
+    segments."""
     reward, batch = reward_net("--reward-members", 2), pairs()
     torch.manual_seed(1)
     rival = sobirl.Actor(3, 4, 6)
+    outputs = rival.jacobian(batch.obs.reshape(-1, 3)).outputs
+    played = SquashedGaussian(outputs, np.random.default_rng(1).normal(size=(len(outputs), 2))).actions
+    batch = batch._replace(actions=played.reshape(batch.actions.shape))
     preferences = SimpleNamespace(some_fresh=lambda *_: np.arange(6), pairs=lambda _: batch)
     args = flags("--method", "pbrl", *([] if baseline else ["--no-baseline"]))
     found = sobirl.rival_gradient(rival, reward, preferences, None, args)
-    margins = margins_of(learned(reward, batch.obs, batch.actions).mean(0))
-    labels = torch.as_tensor(batch.labels)
-    losses = torch.nn.functional.binary_cross_entropy_with_logits(margins, labels, reduction="none").detach()
+    margins = margins_of(learned(reward, batch.obs, batch.actions))
+    labels = torch.as_tensor(batch.labels).expand_as(margins)
+    losses = torch.nn.functional.binary_cross_entropy_with_logits(margins, labels, reduction="none")
+    losses = losses.detach().mean(0)
     mean, raw = rival.net(torch.as_tensor(batch.obs)).chunk(2, -1)
     u = torch.arctanh(torch.as_tensor(batch.actions))
     normal = torch.distributions.Normal(mean, (-5 + 3.5 * (raw.tanh() + 1)).exp())
     log_prob = normal.log_prob(u).sum((1, 2, 3))
     loss = ((losses - losses.mean() if baseline else losses) * log_prob).mean()
     assert np.allclose(found, flat(torch.autograd.grad(loss, list(rival.parameters()))), atol=1e-12)
+
+
+def test_actions_at_the_edge_of_the_box_do_not_swamp_the_rival():
+    """They are kept as if u were 7.25 at most; a mean that is far beyond that saw ordinary noise."""
+    reward, batch = reward_net(), pairs()
+    torch.manual_seed(1)
+    rival = sobirl.Actor(3, 4, 6)
+    last = rival.net[-1]
+    with torch.no_grad():
+        last.weight.zero_(), last.bias.copy_(torch.tensor([9.0, 9.0, -0.5, -0.5]))  # means, spread of 0.1
+    edge = batch._replace(actions=np.ones_like(batch.actions))
+    preferences = SimpleNamespace(some_fresh=lambda *_: np.arange(6), pairs=lambda _: edge)
+    found = sobirl.rival_gradient(rival, reward, preferences, None, flags("--method", "pbrl"))
+    outputs = rival.jacobian(edge.obs.reshape(-1, 3)).outputs
+    raw = SquashedGaussian.of(outputs, edge.actions.reshape(-1, 2))
+    assert abs(raw.noise).min() > 9 and 0 < np.linalg.norm(found) < 100
 
 
 # Samples

@@ -483,6 +483,45 @@ def test_a_finished_run_can_go_on(tmp_path, capsys):
         }
 
 
+@pytest.mark.parametrize("longer", [True, False], ids=["made longer", "from the checkpoint before"])
+def test_what_an_end_has_left_goes_when_a_run_goes_on(longer, tmp_path, monkeypatch, capsys):
+    """And is stopped before it ends again: it is not finished, and evaluated from its last checkpoint."""
+    given = [*TINY, "--env-id", "Pendulum-v1", "--checkpoint-every", 3, "--total-timesteps", 640]
+    folder = train(ppo, tmp_path, *given)
+    model = (folder / "model.pt").read_bytes()
+    evaluated = (folder / "evaluation.csv").read_bytes()
+    more = [str(folder), "--total-timesteps", "1280"] if longer else [str(folder / "checkpoint.previous.pt")]
+
+    def stop(*_):
+        raise run_folder.Stop("enough")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(run_folder.Run, "log_means", stop)
+        ppo.main(["--resume", *more])
+    assert not (folder / "evaluation.csv").exists() and not (folder / "model.pt").exists()
+    if longer:
+        assert (folder / "model.640.pt").read_bytes() == model
+        assert (folder / "evaluation.640.csv").read_bytes() == evaluated
+    ppo.main(["--evaluate", str(folder), "--eval-episodes", "1"])
+    ppo.main(["--resume", str(folder)])
+    assert ((folder / "evaluation.csv").read_bytes() == evaluated) == (not longer)
+
+
+def test_the_command_that_goes_on_is_one(tmp_path, monkeypatch, capsys):
+    """Also of a folder whose name begins like a flag; it is not advised where a flag is wrong."""
+    monkeypatch.chdir(tmp_path)
+    given = [*map(str, TINY), "--env-id", "Pendulum-v1", "--total-timesteps", "640", "--runs-dir=-x"]
+    for status, times in ((1, 1), (2, 0)):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+
+            def stop(*_):
+                raise run_folder.Stop("enough", status=status)
+
+            patch.setattr(run_folder.Run, "log_means", stop)
+            ppo.main(given)
+        assert capsys.readouterr().err.count(" --resume ./-x/Pendulum") == times
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_boxes_of_any_size_are_learned_alike(script, tmp_path):
     """A box of +-2,000 with its best action at 1,000, and the same task in +-1: the same numbers."""

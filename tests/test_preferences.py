@@ -15,7 +15,8 @@ import jacobian
 import sobirl_continuous as sobirl
 from leader import by_step, preference_loss
 from support.flags import parse_args
-from support.preferences import Preferences, Teacher, accuracy, bayes_ceiling, correlation, margins_of, ranks
+from support.preferences import Preferences, Teacher, accuracy, bayes_ceiling, correlation, generator_of
+from support.preferences import margins_of, ranks
 from support.replay import LAST, Replay
 from support.run_folder import PREVIOUS, Stop
 from tests.test_replay import Args, FakeRun, memory, steps
@@ -179,11 +180,37 @@ def test_queries(tmp_path):
     for kind in ("disagreement", "entropy"):
         found = asked(tmp_path, "--query", kind, "--reward-members", 3, predict=predict)
         copy = asked(tmp_path, predict=predict)
-        chosen, candidates = found.choose(0, 4), copy.segments(0, 40, 2)
+        chosen, candidates = found.choose(0, 4), copy.different(0, 40)
         q = 1 / (1 + np.exp(-margins_of(copy.predicted(candidates))))
         worth = q.std(0) if kind == "disagreement" else -abs(q.mean(0) - 0.5)
         assert {tuple(pair) for pair in chosen} == {tuple(candidates[i]) for i in np.argsort(-worth)[:4]}
-    assert (asked(tmp_path).choose(0, 4) == asked(tmp_path).segments(0, 4, 2)).all()
+    assert (asked(tmp_path).choose(0, 4) == asked(tmp_path).different(0, 4)).all()
+
+
+def test_pairs_are_of_different_segments(tmp_path):
+    """Each of the ordered pairs of five possible segments as often as any other; of one there is no pair."""
+    found = asked(tmp_path)
+    last = found.replay.written - found.args.segment  # the first row of the last segment
+    drawn = found.different(last - 4, 20_000)
+    counts = np.unique(drawn, axis=0, return_counts=True)[1]
+    assert len(counts) == 5 * 4 and abs(counts - 1000).max() < 5 * 31  # 20 pairs, standard deviation 31
+    assert set(drawn.ravel()) == set(range(last - 4, last + 1))
+    assert found.different(last, 10).shape == (0, 2)
+    with pytest.raises(Stop, match="fits only once") as stop:
+        found.note_first_query(found.true_rewards(found.different(last, 10)))
+    assert stop.value.status == 2
+
+
+def test_the_teacher_disturbs_no_other_stream(tmp_path):
+    """The same pairs are asked about and in the same order, whatever the teacher draws."""
+    sure, erring = (asked(tmp_path, *given) for given in ([], ["--label-flip", 0.5]))
+    for preferences in (sure, erring):
+        for _ in range(3):
+            preferences.ask(preferences.different(0, 6))
+    assert (sure.starts == erring.starts).all() and (sure.labels != erring.labels).any()
+    streams = [generator_of(sure.args, stream) for stream in range(3)]
+    streams.append(torch.Generator().manual_seed(sure.args.seed))
+    assert len({float(torch.rand(1, generator=generator)) for generator in streams}) == 4
 
 
 def test_a_first_query_that_says_nothing(tmp_path, capsys):
@@ -423,7 +450,12 @@ BAD = [
     (["--learning-starts", "50"], "--learning-starts", "multiple"),
     (["--learning-starts", "0"], "--learning-starts", "multiple"),
     (["--query-steps", "21"], "--query-steps", "--outer-steps"),
-    (["--query-steps", "4"], "--query-steps", "--segment"),
+    (["--query-steps", "5"], "--query-steps", "more than --segment 5"),
+    (["--label-skip", "1"], "--label-skip", "less than 1"),
+    (["--label-skip", "0.05"], "--label-skip", "--pairs 6"),
+    (["--label-equal", "0.05"], "--label-equal", "--pairs 6"),
+    (["--method", "sobirl", "--hyper-start", "396"], "--hyper-start", "at most 395"),
+    (["--total-timesteps", "79"], "--learning-starts", "60 steps, the whole iterations"),
     (["--buffer-size", "39"], "--buffer-size", "40"),
     (["--queue", "9"], "--queue", "--initial-pairs"),
     (["--query", "disagreement"], "--reward-members", "at least 2"),

@@ -982,6 +982,16 @@ def test_solvers_figure():
     assert first.get_ylim() == second.get_ylim() == (0.005, 0.8)
 
 
+def test_the_figure_of_the_gate_takes_any_number_of_runs():
+    rows, weights = [], []
+    for i in range(5):
+        run = dict(env_id=f"E{i}", steps=str(1000 * (i + 1)))
+        rows.append(run | dict(variant="default", signal="0.9", signal_error="0.1"))
+        weights.append(run | dict(age="0", factor="1"))
+    figure = figures.draw_gate(rows, weights)
+    assert shared_legend(figure) == [f"E{i}, {i + 1}k steps" for i in range(5)]
+
+
 def test_figures_are_written_as_png_and_pdf(tmp_path):
     for folder in ("a/b", "c"):
         figure = figures.draw_curves({("E", "blpo"): [run_of([0, 1], [0, 1])]}, **AGAINST_STEPS)
@@ -1331,6 +1341,16 @@ def test_a_film_that_cannot_be_cut(video, tmp_path, capsys, flags, line):
         film.main([str(video), str(tmp_path / "film.gif"), *flags])
     assert ended.value.code == 2 and not list(tmp_path.iterdir())
     assert line in (error := capsys.readouterr().err) and error.count("\n") == 1
+
+
+def test_a_film_of_what_is_no_video_or_goes_nowhere(video, tmp_path, capsys):
+    (tmp_path / "text.mp4").write_text("no video")
+    for words in ([tmp_path / "text.mp4", tmp_path / "a.gif"], [video, tmp_path / "none" / "a.gif"]):
+        with pytest.raises(SystemExit) as ended:
+            film.main([*map(str, words), "--seconds", "0.2"])
+        assert ended.value.code == 2
+        assert "cannot be made into" in (err := capsys.readouterr().err) and err.count("\n") == 1
+    film.main([str(video), str(tmp_path / "thin.gif"), "--seconds", "0.2", "--width", "1"])
 
 
 def test_a_film_of_no_video(tmp_path, capsys):

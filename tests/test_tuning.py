@@ -60,6 +60,10 @@ def test_scores_by_hand(tmp_path):
 
     with pytest.raises(SystemExit, match="no configuration with the seeds"):
         tuning.table(arguments(tmp_path))  # 102 has not been run
+    with pytest.raises(SystemExit, match="no configuration with the seeds"):
+        tuning.factors(arguments(tmp_path))
+    with pytest.raises(SystemExit, match="--csv .* is no file"):
+        tuning.table(arguments(tmp_path, csv=tmp_path / "none.csv"))
     write_rows(tmp_path, {"ppo-0": {walker: 300, hopper: 50, cheetah: 30}}, seed=102)
     assert tuning.means_of(arguments(tmp_path)) == {("ppo", 0): {walker: 200, hopper: 40, cheetah: 20}}
 

@@ -8,6 +8,7 @@ column of the shape (points,), as `results.load_curves` returns them.
 """
 
 import io
+import itertools
 from collections import defaultdict
 from pathlib import Path
 
@@ -393,8 +394,8 @@ def draw_gate(rows: list[dict], weights: list[dict]) -> Figure:
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
     runs = list(dict.fromkeys((row["env_id"], row["steps"]) for row in rows))
     environments = dict.fromkeys(env_id for env_id, _ in runs)
-    colours = dict(zip(environments, ("#0072B2", "#D55E00", "#009E73", "#CC79A7")))
-    markers = dict(zip(dict.fromkeys(steps for _, steps in runs), "o^sv"))
+    colours = dict(zip(environments, itertools.cycle(("#0072B2", "#D55E00", "#009E73", "#CC79A7"))))
+    markers = dict(zip(dict.fromkeys(steps for _, steps in runs), itertools.cycle("o^sv")))
     variants = list(dict.fromkeys(row["variant"] for row in rows))[::-1]
     handles = {}
     for i, run in enumerate(runs):

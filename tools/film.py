@@ -16,7 +16,7 @@ from PIL import Image  # which matplotlib and moviepy need, too
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from support.flags import fail
+from support.flags import fail, shown
 
 
 @dataclass
@@ -43,7 +43,7 @@ def frames(args: Args) -> list[Image.Image]:
         pictures = [Image.fromarray(video.get_frame(time)) for time in times]
     if not pictures:
         fail(f"--begin {args.begin:g} is not before the end of {args.video}, {video.duration:g} s")
-    size = args.width, args.width * pictures[0].height // pictures[0].width
+    size = args.width, max(1, args.width * pictures[0].height // pictures[0].width)
     small = [picture.resize(size) for picture in pictures]
     palette = Image.fromarray(np.concatenate(small)).quantize(64)
     return [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in small]
@@ -59,8 +59,11 @@ def main(argv: list[str] | None = None) -> None:
         fail(f"--begin must be at least 0, got {args.begin:g}")
     if not Path(args.video).is_file():
         fail(f"{args.video} is no file")
-    first, *others = frames(args)
-    first.save(args.gif, "GIF", save_all=True, append_images=others, duration=1000 // args.fps, loop=0)
+    try:
+        first, *others = frames(args)
+        first.save(args.gif, "GIF", save_all=True, append_images=others, duration=1000 // args.fps, loop=0)
+    except OSError as problem:  # of moviepy, whose messages have many lines, or of the disk
+        fail(f"{args.video} cannot be made into {args.gif}: {shown(problem)[:80]}")
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def hypergradient(
     w = J @ solved(J[batch], v, rho)
     c = (traces(done, args, np.ones(before + B)).T @ w)[batch] if carried else Gamma.T @ w
 
-    factors = weights if windows > 1 else ratio
+    factors = np.ones(B) if windows > 1 else ratio  # A_k has the weight of step k already
 
     def gradient(weighted):  # -grad_theta mean_k ratio_k a_k
         return policy.gradient((-factors * weighted / B).astype(np.float32)).astype(float)
@@ -297,6 +297,8 @@ def main(argv: list[str] | None = None) -> None:
         taken = moments(run)
         if not taken:
             sys.exit(f"error: {run} has no {WINDOWS} iterations after its last checkpoint but one")
+        if len(taken) < 2:
+            sys.exit(f"error: {run} has one environment, and products are of different ones: take 2 or more")
         flags = taken[0].args
         name = {"env_id": flags.env_id, "steps": flags.total_timesteps}
         for variant, how in VARIANTS.items():

@@ -105,8 +105,9 @@ def collect(args: Args) -> None:
             continue
         number = json.loads(flags["env_kwargs"]).get("problem", 688)
         problem = tabular.preference(number)
-        if flags["autotune"] or (flags["alpha"], flags["gamma"]) != (problem.tau, problem.gamma):
-            wanted = f"--no-autotune --alpha {problem.tau} --gamma {problem.gamma}"
+        follower = (problem.tau, problem.gamma)
+        if flags["autotune"] or flags["reward_norm"] or (flags["alpha"], flags["gamma"]) != follower:
+            wanted = f"--no-autotune --no-reward-norm --alpha {problem.tau} --gamma {problem.gamma}"
             sys.exit(f"error: {folder.name} has another follower than the problem: run it with {wanted}")
         try:
             found = measure(problem, *learned(folder, flags, problem))

@@ -10,7 +10,9 @@ of strings.
 """
 
 import csv
+import io
 import json
+import os
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -126,10 +128,18 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 def write_csv(path: Path, rows: list[dict]) -> None:
     """Writes rows, of which some may lack columns; the columns are in the order in which they first occur."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file under another name and renames it: nobody reads half of it, and nothing is lost."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8", newline="")
+    os.replace(temporary, path)
 
 
 def curve_path(results_dir: Path, row: dict) -> Path:
@@ -214,7 +224,7 @@ def export(runs_dir: Path, results_dir: Path) -> None:
         return
     results_dir.mkdir(parents=True, exist_ok=True)
     for path, text in curves.items():
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
     write_csv(summary_path, [summary[name] for name in sorted(summary)])
 
 

@@ -90,15 +90,20 @@ class Args:
 def means_of(args: Args, later=()) -> dict[tuple[str, int], dict[str, float]]:
     """By method and configuration the mean return in each environment, of those that have all seeds. later:
     lines beside those of args.csv."""
+    if not args.csv.is_file():
+        sys.exit(f"error: --csv {args.csv} is no file")
     returns = defaultdict(lambda: defaultdict(list))
     for row in [*results.read_csv(args.csv), *later]:
         if int(row["steps"]) == args.steps and int(row["seed"]) in args.seeds:
             returns[row["method"], int(row["configuration"])][row["env_id"]].append(float(row["return_100"]))
-    return {
+    whole = {
         name: {env: float(np.mean(found[env])) for env in ENVIRONMENTS}
         for name, found in returns.items()
         if all(len(found[env]) == len(args.seeds) for env in ENVIRONMENTS)
     }
+    if not whole:
+        sys.exit(f"error: {args.csv} has no configuration with the seeds {args.seeds} in all environments")
+    return whole
 
 
 def scores(means) -> dict[tuple[str, int], float]:
@@ -113,8 +118,6 @@ def scores(means) -> dict[tuple[str, int], float]:
 def table(args: Args) -> str:
     """Markdown: the configurations that have all seeds, best first."""
     means = means_of(args)
-    if not means:
-        sys.exit(f"error: {args.csv} has no configuration with the seeds {args.seeds} in all environments")
     every = configurations()
     rows = []
     for (method, number), score in scores(means).items():
