@@ -366,7 +366,7 @@ def test_the_order_of_an_iteration(tmp_path, monkeypatch):
     assert "nets.0.0.weight" in saved and saved["mean_std"].tolist() == [0, 1]
 
 
-def test_accuracy_is_measured_with_the_net_before_it_learns(tmp_path, monkeypatch):
+def test_new_pairs_are_measured_before_they_are_queued(tmp_path, monkeypatch):
     found = asked(tmp_path)
     seen = []
     monkeypatch.setattr(found, "measure", lambda starts: seen.append((len(found.labels), len(starts))))

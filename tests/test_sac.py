@@ -538,6 +538,15 @@ def test_huge_rewards_end_the_run_in_one_line(tmp_path, capsys):
 # Durability
 
 
+def frozen(value):
+    """What a checkpoint holds, in a form that == compares."""
+    if isinstance(value, torch.Tensor):
+        return value.numpy().tobytes()
+    if isinstance(value, dict):
+        return {name: frozen(part) for name, part in value.items()}
+    return [frozen(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
 def contents(folder):
     """All that a run has measured and learned, times apart, and its replay memory."""
     table = [line.split(",") for line in (folder / "progress.csv").read_text().splitlines()]
@@ -545,6 +554,9 @@ def contents(folder):
     model = torch.load(folder / "model.pt", weights_only=True)
     found = {"progress": [[row[i] for i in keep] for row in table]}
     found["model"] = {f"{net}.{k}": v.tolist() for net in ("actor", "critic") for k, v in model[net].items()}
+    parts = torch.load(folder / "checkpoint.pt", weights_only=True)["parts"]
+    del parts["envs"]  # MuJoCo's memory also has counters and clocks, on which nothing depends
+    found["parts"] = frozen(parts)
     for name in ("episodes.csv", "evaluation.csv", FILE):
         found[name] = (folder / name).read_bytes() if (folder / name).exists() else None
     return found
