@@ -613,7 +613,7 @@ def test_track(tmp_path):
         (["--beta-decay", "2"], "--beta-decay", "[0, 1]"),
         (["--penalty", "0"], "--penalty", "positive"),
         (["--samples", "-1"], "--samples", "100,000"),
-        (["--samples", "1"], "--samples", "--no-baseline"),
+        (["--samples", "1", "--method", "sobirl"], "--samples", "--no-baseline"),
         (["--samples", "0", "--method", "stoc-sobirl"], "--samples", "at least 1"),
         (["--samples", "100000", "--rollout", "10000", "--method", "hpgd"], "--samples", "--rollout"),
         (["--rollout", "0"], "--rollout", "between 1"),
@@ -629,6 +629,12 @@ def test_bad_input_is_one_line(flags, flag, fix, capsys, tmp_path):
     err = refused(sobirl, capsys, "--runs-dir", tmp_path, *flags)
     assert flag in err and fix in err, err
     assert not list(tmp_path.iterdir())
+
+
+def test_one_sample_is_enough_without_a_baseline(tmp_path):
+    for given in (["hpgd"], ["sobirl", "--no-baseline"]):
+        folder = train(sobirl, tmp_path, "--samples", 1, "--rounds", 2, "--method", *given)
+        assert len(rows(folder / "progress.csv")) == 2
 
 
 @pytest.mark.parametrize("method", ["exact", "sobirl", "parl", "m-sobirl"])
