@@ -2,6 +2,7 @@
 blpo_continuous.py."""
 
 import copy
+import functools
 import itertools
 import math
 from pathlib import Path
@@ -396,6 +397,7 @@ def test_curvature_is_the_hessian_or_its_gauss_newton_part():
     assert not np.allclose(H, gauss_newton, rtol=1e-2)
 
 
+@functools.cache  # the fixed point takes two seconds; nobody changes what is returned
 def converged(seed):
     """A critic with a value for each state, as offsets from the third one's, at the fixed point of its own
     lambda-returns."""

@@ -1,5 +1,6 @@
 """The environments of tools/tasks.py, and tools/phi.py and tools/preferences.py, which show what came out."""
 
+import csv
 import re
 
 import gymnasium as gym
@@ -265,6 +266,20 @@ def test_the_bars_of_the_pendulum_with_bins():
     curves = results.load_curves(ROOT / "results" / "preferences", there)
     last = [run["accuracy_replay"][-1] for run in curves["tools.tasks-PendulumBins-v0", "drlhf"]]
     assert f"{np.mean(last):.2f}" == "0.91"
+
+
+def test_the_speed_that_the_page_shows():
+    """docs/preferences.md: rates, ratios to CleanRL's script, and what learning a reward costs."""
+    with open(ROOT / "results" / "speed_sac.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    page = (ROOT / "docs" / "preferences.md").read_text(encoding="utf-8").split("## Speed")[1]
+    shown = [line.split(" | ", 1)[1] for line in page.splitlines() if line.startswith("| ")][1:]
+    cells = [f"{float(row['sps']):.0f} | {float(row['ratio']):.2f} | {row['mib']} |" for row in rows]
+    assert shown[: len(rows)] == cells
+    rates = {row["name"]: float(row["sps"]) for row in rows}
+    for size in ("128", "64"):
+        for method in ("drlhf", "sobirl"):
+            assert f"{rates[f'{method}-{size}'] / rates[f'sac-{size}']:.2f}" in page
 
 
 def test_the_figure_of_learned_rewards(learned, tmp_path):

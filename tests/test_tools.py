@@ -992,6 +992,29 @@ def test_the_figure_of_the_gate_takes_any_number_of_runs():
     assert shared_legend(figure) == [f"E{i}, {i + 1}k steps" for i in range(5)]
 
 
+def test_times_of_solves_are_what_the_page_shows():
+    """docs/nystrom.md: of every solver the cheapest solve that reaches a residual, and its products."""
+    found_rows = rows_in(page("docs/nystrom.md"))
+    shown = {cells[0].replace("`", "").replace("*", ""): cells[1:] for cells in found_rows}
+    names = {"columns": "Nyström, random columns (the poster)", "gaussian": "Nyström, Gaussian"}
+    names |= {"v-gaussian": "Nyström, v first", "krylov": "Nyström, Krylov (default: 2 products)"}
+    names |= {"cg": "CG", "pcg": "preconditioned CG"}
+    whole = {"krylov": "Nyström, Krylov, products with all of H", "cg": "CG, products with all of H"}
+    rows = read(ROOT / "results" / "solvers.csv")
+    for hessian, solvers in (("gauss-newton", names), ("full", whole)):
+        for solver, name in solvers.items():
+            cells = []
+            for least in (0.01, 0.003):
+                for env_id in ("Walker2d-v4", "Hopper-v4"):
+                    of_it = [row for row in rows if (row["solver"], row["hessian"]) == (solver, hessian)]
+                    of_it = [row for row in of_it if row["env_id"] == env_id]
+                    good = [row for row in of_it if float(row["residual"]) <= least]
+                    found = min(((float(row["ms"]), row["products"]) for row in good), default=None)
+                    ms = f"{found[0]:.{0 if found[0] >= 10 else 1}f}" if found else ""
+                    cells.append(f"{ms} ({found[1]})" if found else "")
+            assert shown[name] == cells, name
+
+
 def test_figures_are_written_as_png_and_pdf(tmp_path):
     for folder in ("a/b", "c"):
         figure = figures.draw_curves({("E", "blpo"): [run_of([0, 1], [0, 1])]}, **AGAINST_STEPS)

@@ -342,6 +342,9 @@ def draw_solvers(rows: list[dict]) -> Figure:
     solvers = SOLVERS | {solver: (None, ".", solver) for solver in others}
     residuals = [float(row["residual"]) for row in rows]
     common = 0.5 * min(residuals), 2 * max(residuals)
+    slowest = max(float(row["ms"]) for row in rows)
+    ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if tick <= 1.2 * slowest]
+    ticks = [tick for tick in ticks if tick >= 0.8 * min(float(row["ms"]) for row in rows)]
     handles = {}
     figure, axes = panels(len(environments))
     for axis, env_id in zip(axes, environments):
@@ -371,7 +374,7 @@ def draw_solvers(rows: list[dict]) -> Figure:
                         axis.plot(*default, "o", markersize=13, color=colour, markerfacecolor="none")
         axis.axhline(0.01, color="grey", linewidth=0.8)
         axis.set(title=env_id, xlabel="ms per solve", xscale="log", yscale="log")
-        axis.set_xticks([0.5, 1, 2, 5, 10, 20], labels=["0.5", "1", "2", "5", "10", "20"])
+        axis.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
         axis.set_ylim(*common)
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("‖(H + ρI)x − v‖ / ‖v‖")
