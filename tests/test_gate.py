@@ -87,8 +87,9 @@ def by_hand(moment: Moment, rho=0.3, windows=1, carried=False, leader="return", 
     c = [sum(trace(t, k) * w[t].item() for t in range(earliest, k + 1)) for k in range(begin, end)]
 
     old = torch.stack(advantages(moment.old_critic)[0]).detach()
-    surrogate = (ratio[begin:] * torch.tensor(c) * old * log_pi[begin:]).sum()
-    if windows > 1:  # the weights of steps move with the policy, and with them the targets of the critic
+    if windows == 1:
+        surrogate = (ratio[begin:] * torch.tensor(c) * old * log_pi[begin:]).sum()
+    else:  # the weights of steps move with the policy, and with them the targets of the critic
         moving = weight * (log_pi - log_pi.detach()).exp()
         V, V_next = (moment.old_critic(x.double()).detach() for x in (obs, next_obs))
         delta = rewards + GAMMA * (1 - terminated.double()) * V_next - V

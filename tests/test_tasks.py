@@ -1,6 +1,5 @@
 """The environments of tools/tasks.py, and tools/phi.py and tools/preferences.py, which show what came out."""
 
-import csv
 import re
 
 import gymnasium as gym
@@ -270,8 +269,7 @@ def test_the_bars_of_the_pendulum_with_bins():
 
 def test_the_speed_that_the_page_shows():
     """docs/preferences.md: rates, ratios to CleanRL's script, and what learning a reward costs."""
-    with open(ROOT / "results" / "speed_sac.csv", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = results.read_csv(ROOT / "results" / "speed_sac.csv")
     page = (ROOT / "docs" / "preferences.md").read_text(encoding="utf-8").split("## Speed")[1]
     shown = [line.split(" | ", 1)[1] for line in page.splitlines() if line.startswith("| ")][1:]
     cells = [f"{float(row['sps']):.0f} | {float(row['ratio']):.2f} | {row['mib']} |" for row in rows]

@@ -342,9 +342,9 @@ def draw_solvers(rows: list[dict]) -> Figure:
     solvers = SOLVERS | {solver: (None, ".", solver) for solver in others}
     residuals = [float(row["residual"]) for row in rows]
     common = 0.5 * min(residuals), 2 * max(residuals)
-    slowest = max(float(row["ms"]) for row in rows)
-    ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if tick <= 1.2 * slowest]
-    ticks = [tick for tick in ticks if tick >= 0.8 * min(float(row["ms"]) for row in rows)]
+    times = [float(row["ms"]) for row in rows]
+    round_times = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+    ticks = [tick for tick in round_times if 0.8 * min(times) <= tick <= 1.2 * max(times)]
     handles = {}
     figure, axes = panels(len(environments))
     for axis, env_id in zip(axes, environments):

@@ -6,10 +6,9 @@
 
 The tables are printed and written to results/tables.md. results/speed.csv (by speed.py --csv),
 results/solvers.csv (by solvers.py) and results/gate.csv (by gate.py) are drawn if they are there, with runs
-or without. What the
-files hold is said in tools/results.py and tools/tabular.py, what the numbers mean in tools/tables.py and
-tools/learning.py. Of runs that learn a reward there are other ones, if no others are in the folder:
-tools/preferences.py.
+or without. What the files hold is said in tools/results.py and tools/tabular.py, what the numbers mean in
+tools/tables.py and tools/learning.py. Of runs that learn a reward there are other ones, if no others are in
+the folder: tools/preferences.py.
 """
 
 import re
@@ -131,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     if parts:
         text = "\n\n".join(parts)
         print(text)
-        (results_dir / "tables.md").write_text(text + "\n", encoding="utf-8")
+        results.write_text(results_dir / "tables.md", text + "\n")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ repetitions, products included).
 """
 
 import copy
-import csv
 import json
 import shutil
 import statistics
@@ -33,6 +32,7 @@ import blpo_continuous
 import blpo_discrete
 from jacobian import flatten, jacobian_of
 from nystrom import cg_ihvp, make_sketch, norm, nystrom_ihvp, nystrom_solve
+from tools.results import write_csv
 
 SCRIPTS = {"blpo_continuous.py": blpo_continuous, "blpo_discrete.py": blpo_discrete}
 BUDGETS = {
@@ -229,10 +229,7 @@ def main(args: Args) -> None:
             case.measure()
     rows = [case.row for case in cases]
     args.csv.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.csv, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(args.csv, rows)
     print(f"{len(rows)} rows in {args.csv}; python tools/plot.py draws them")
 
 
