@@ -306,13 +306,13 @@ class Run:
         checkpoint are dropped, because they are measured again.
         """
         with self.storing():
+            before = self.restored["args"].total_timesteps
+            if self.args.total_timesteps != before:
+                self.move_the_end(before)
             if self.restored["path"].name != CHECKPOINT:
                 for name in (EVALUATIONS, MODEL):  # in this order: a run is finished if it is evaluated
                     (self.folder / name).unlink(missing_ok=True)
                 os.replace(self.restored["path"], self.folder / CHECKPOINT)
-            before = self.restored["args"].total_timesteps
-            if self.args.total_timesteps != before:
-                self.move_the_end(before)
             for name, file in self.files.items():
                 kept = (self.folder / name).read_bytes().splitlines(keepends=True)[: self.lines[name]]
                 file.truncate(sum(map(len, kept)))

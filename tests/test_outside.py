@@ -483,14 +483,16 @@ def test_a_finished_run_can_go_on(tmp_path, capsys):
         }
 
 
-@pytest.mark.parametrize("longer", [True, False], ids=["made longer", "from the checkpoint before"])
-def test_what_an_end_has_left_goes_when_a_run_goes_on(longer, tmp_path, monkeypatch, capsys):
-    """And is stopped before it ends again: it is not finished, and evaluated from its last checkpoint."""
+@pytest.mark.parametrize("longer, older", [(True, False), (False, True), (True, True)])
+def test_what_an_end_has_left_goes_when_a_run_goes_on(longer, older, tmp_path, monkeypatch, capsys):
+    """Made longer, or from the checkpoint before, and is stopped before it ends again: it is not finished,
+    and evaluated from its last checkpoint."""
     given = [*TINY, "--env-id", "Pendulum-v1", "--checkpoint-every", 3, "--total-timesteps", 640]
     folder = train(ppo, tmp_path, *given)
     model = (folder / "model.pt").read_bytes()
     evaluated = (folder / "evaluation.csv").read_bytes()
-    more = [str(folder), "--total-timesteps", "1280"] if longer else [str(folder / "checkpoint.previous.pt")]
+    more = [str(folder / "checkpoint.previous.pt") if older else str(folder)]
+    more += ["--total-timesteps", "1280"] if longer else []
 
     def stop(*_):
         raise run_folder.Stop("enough")
