@@ -54,6 +54,14 @@ def flatten(module: nn.Module, device="cpu"):
 # The Jacobian of a network, known by its products
 
 
+def product(a, b):
+    """a @ b, of matrices. PyTorch multiplies large ones of NumPy, too, where they lie: its library can be
+    several times as fast as NumPy's (docs/preferences.md, "Speed"); with a shorter side it is slower."""
+    if isinstance(a, np.ndarray) and min(*a.shape, *b.shape) >= 128:
+        return torch.mm(torch.from_numpy(a), torch.from_numpy(b)).numpy()
+    return a @ b
+
+
 def jacobian_of(net: nn.Module):
     """The map from inputs (n, ...) to the net's Jacobian there. It is written out for a torch.nn.Sequential
     of Linear layers with Tanh or ReLU between them, whose parameters may change but must stay where they are
@@ -75,7 +83,7 @@ class MLPJacobian:
         self.layers = layers
         self.inputs = [x]  # a of every layer W a + b, (n, m)
         for W, b in layers[:-1]:
-            self.inputs.append(self.activation(self.inputs[-1] @ W.T + b))
+            self.inputs.append(self.activation(product(self.inputs[-1], W.T) + b))
         W, b = layers[-1]
         self.outputs = self.inputs[-1] @ W.T + b
 
@@ -92,7 +100,7 @@ class MLPJacobian:
         """The derivatives g (n, m) of sum(s * outputs) with respect to every layer's W a + b."""
         found = [s]
         for (W, _), a in zip(self.layers[:0:-1], self.inputs[:0:-1]):
-            found.append((found[-1] @ W) * self.slope(a))
+            found.append(product(found[-1], W) * self.slope(a))
         return found[::-1]
 
     def by_input(self, s):
@@ -111,13 +119,13 @@ class MLPJacobian:
         changes = []  # of every layer's W a + b by its own W and b
         for (W, b), a in zip(self.layers, self.inputs):
             end = begin + W.shape[0] * W.shape[1]
-            changes.append(a @ u[begin:end].reshape(W.shape).T + u[end : end + len(b)])
+            changes.append(product(a, u[begin:end].reshape(W.shape).T) + u[end : end + len(b)])
             begin = end + len(b)
         if self.outputs.shape[1] == 1:
             return sum(xp.einsum("nm,nm->n", change, g) for change, g in zip(changes, self.single))[:, None]
         total = changes[0]
         for (W, _), a, change in zip(self.layers[1:], self.inputs[1:], changes[1:]):
-            total = (total * self.slope(a)) @ W.T + change
+            total = product(total * self.slope(a), W.T) + change
         return total
 
     def __rmatmul__(self, s):
@@ -127,7 +135,7 @@ class MLPJacobian:
         derivatives = [s * g for g in self.single] if s.shape[1] == 1 else self.backward(s)
         parts = []
         for a, g in zip(self.inputs, derivatives):
-            parts += [(g.T @ a).reshape(-1), ones @ g]  # by W, by b
+            parts += [product(g.T, a).reshape(-1), ones @ g]  # by W, by b
         return xp.concatenate(parts)
 
 

@@ -351,6 +351,28 @@ def test_jacobian_products_equal_autograd(sizes, made, activation, kind):
     assert torch.allclose(torch.as_tensor(found), by_input, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize("activation", [torch.nn.Tanh, torch.nn.ReLU])
+def test_large_networks_are_multiplied_by_torch(activation, outputs, monkeypatch):
+    """The same products, of NumPy's arrays and as NumPy's arrays; a short side leaves a product to NumPy."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        *(torch.nn.Linear(3, 128), activation(), torch.nn.Linear(128, 130), activation()),
+        torch.nn.Linear(130, outputs),
+    )
+    multiplied, torch_mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b: multiplied.append((*a.shape, *b.shape)) or torch_mm(a, b))
+    for rows, torch_products in ((128, 5 if outputs == 1 else 6), (127, 0)):
+        x, s = torch.randn(rows, 3).numpy(), torch.randn(rows, outputs).numpy()
+        u = torch.randn(128 * 4 + 130 * 129 + outputs * 131).numpy()
+        multiplied.clear()
+        J, expected = jacobian_of(net)(x), ModuleJacobian(net, x)
+        found = J.outputs, J @ u, s @ J, J.by_input(s)
+        assert len(multiplied) == torch_products and all(min(shape) >= 128 for shape in multiplied)
+        for ours, other in zip(found, (expected.outputs, expected @ u, s @ expected, expected.by_input(s))):
+            assert isinstance(ours, np.ndarray) and np.allclose(ours, other, rtol=1e-12, atol=1e-12)
+
+
 def test_other_networks_are_differentiated_and_act_by_torch():
     for net in (
         torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ELU(), torch.nn.Linear(4, 1)),
