@@ -789,8 +789,9 @@ def test_any_command_line_trains_or_names_the_flag(script, tmp_path, capsys, mon
 
 
 def test_learns_to_balance_a_pendulum(tmp_path):
-    """20,000 steps: a deterministic return of -200 at least, which the best policies exceed by about 50."""
+    """6,000 steps, after which the mean return of seeds 1 to 3 is -86, -162 and -158; at random -1,200."""
     flags = ["--env-id", "Pendulum-v1", "--hidden-size", 64, "--batch-size", 64, "--policy-lr", 1e-3]
-    folder = train(sac, tmp_path, *flags, "--learning-starts", 1000, "--total-timesteps", 20_000)
+    flags += ["--q-lr", 2e-3, "--tau", 0.02, "--learning-starts", 500, "--total-timesteps", 6000]
+    folder = train(sac, tmp_path, *flags)
     returns = [row["return"] for row in rows(folder / "evaluation.csv")]
     assert len(returns) == 10 and np.mean(returns) >= -200
