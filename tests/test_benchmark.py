@@ -202,6 +202,12 @@ def test_default_jobs(tmp_path):
     assert {words[6] for words in commands(out)} == {"--runs-dir=runs"}
 
 
+def test_environments_and_figures_do_without_torch():
+    """Whose import would take seconds whenever benchmark.sh begins and ends."""
+    importing = "import sys, support.games, support.names, tools.plot; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", importing], cwd=ROOT).returncode == 0
+
+
 # Runs
 
 
