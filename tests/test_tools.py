@@ -46,6 +46,7 @@ def write_run(
     for i in range(length):
         row = {"global_step": 64 * (i + 1), "wall_seconds": 0.5 * (i + 1), "sps": 128.5, "episodes": i}
         row["return_100"] = final * i / (length - 1) if i else "nan"
+        row |= {"approx_kl": 0.03, "entropy": 5 - 0.125 * i}
         if method.startswith("blpo"):
             row |= {"ihvp_correction": 0.25, "implicit_cosine": 0.5, "implicit_norm_ratio": 2.0}
         rows.append(row | {"seconds_env": 0.1})
@@ -128,6 +129,8 @@ def test_every_column_of_the_export(tmp_path):
         "implicit_cosine",
         "implicit_norm_ratio",
         "ihvp_correction",
+        "approx_kl",
+        "entropy",
     ]
     kept_rows = [int(i * 400 / 199) for i in range(200)]
     for i, point in zip(kept_rows, points, strict=True):
@@ -135,14 +138,16 @@ def test_every_column_of_the_export(tmp_path):
         expected = 123.456 * i / 400 if i else math.nan
         assert float(point["return_100"]) == pytest.approx(expected, rel=1e-5, nan_ok=True)
         diagnostics = {"implicit_cosine": "0.5", "implicit_norm_ratio": "2", "ihvp_correction": "0.25"}
+        diagnostics |= {"approx_kl": "0.03", "entropy": f"{5 - 0.125 * i:g}"}
         assert point.items() >= diagnostics.items()
 
 
-def test_a_short_run_keeps_every_row_and_ppo_has_no_diagnostics(tmp_path):
+def test_a_short_run_keeps_every_row_and_ppo_has_no_hypergradient(tmp_path):
     write_run(tmp_path / "runs", "ppo", 1, length=9)
     results.export(tmp_path / "runs", tmp_path / "results")
     points = read(tmp_path / "results" / "Pendulum-v1__ppo__1.csv")
-    assert len(points) == 9 and list(points[0]) == ["global_step", "return_100", "wall_seconds"]
+    columns = ["global_step", "return_100", "wall_seconds", "approx_kl", "entropy"]
+    assert len(points) == 9 and list(points[0]) == columns
 
 
 def test_export_adds_replaces_and_refuses_what_does_not_fit(tmp_path, capsys):
@@ -291,6 +296,18 @@ def test_groups_with_fewer_seeds_are_named():
     summary = results_of({"blpo": (1.0, 2.0), "ppo": (1.0,), "mine": (math.nan, 1.0)})
     assert tables.fewer_seeds(summary) == "fewer seeds than others: E PPO, CleanRL's flags (1), E mine (1)"
     assert tables.fewer_seeds(results_of({"blpo": (1.0,), "ppo": (2.0,)})) == "" == tables.fewer_seeds([])
+
+
+def test_the_table_of_policies_by_hand():
+    """Medians of a run's rows and means of two runs; who lacks a column in one run has no line."""
+    runs = [
+        {"approx_kl": np.array([math.nan, 0.1, 0.4, 0.2]), "entropy": np.array([5.0, 9.0, 9.0, -1.0])},
+        {"approx_kl": np.array([0.5, 0.4, 0.4]), "entropy": np.array([4.0, 0.0, 2.0])},
+    ]
+    curves = {("E", "blpo"): runs, ("E", "ppo"): [runs[0], {"entropy": np.ones(3)}]}
+    found = rows_in(tables.policies(curves))
+    assert found[1:] == [["E", "BLPO", "2", "0.300", "4.5", "0.5"]]
+    assert tables.policies({("E", "ppo"): curves["E", "ppo"]}) == "" == tables.policies({})
 
 
 def test_comparisons_by_hand():
@@ -542,7 +559,8 @@ def test_published_tables_are_those_of_the_published_runs(name):
     summary, curves = results.load_results(folder)
     measured = learning.measures(summary, curves)
     compared = learning.comparisons(measured, curves)
-    parts = [tables.all_tables(summary), learning.table(compared), learning.without_area(measured, curves)]
+    parts = [tables.all_tables(summary), tables.policies(curves)]
+    parts += [learning.table(compared), learning.without_area(measured, curves)]
     if (folder / "tabular_summary.csv").exists():
         parts.append(tabular.table(results.read_csv(folder / "tabular_summary.csv"), ("preference", "688")))
     text = "\n\n".join(part for part in parts if part)
@@ -1204,12 +1222,14 @@ def test_from_runs_to_tables_and_figures(tmp_path, capsys):
     assert [block.splitlines()[0].split(" | ")[0] for block in blocks] == [
         "| environment",
         "| environment",
+        "| environment",
         "| measure",
         "no area, since a run has no episode so early or ends before: Pendulum-v1 PPO, CleanRL's flags",
         "| problem",
     ]
     assert "| Pendulum-v1 | BLPO | 2 | 10.0 ± 12.7 |" in blocks[1]
-    assert "| preference, seed 688 | exact (9) | 1 |" in blocks[4]
+    assert "| Pendulum-v1 | BLPO | 2 | 0.030 | 5.0 | 1.4 |" in blocks[2]
+    assert "| preference, seed 688 | exact (9) | 1 |" in blocks[5]
     names = {
         "curves",
         "time",

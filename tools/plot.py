@@ -79,7 +79,8 @@ def deep_runs(results_dir: Path, figures_dir: Path) -> str:
         drawn["aggregate"] = figures.draw_aggregate(compared)
     for name, figure in drawn.items():
         figures.save(figure, figures_dir, name)
-    parts = [tables.all_tables(summary), learning.table(compared), learning.without_area(measured, curves)]
+    parts = [tables.all_tables(summary), tables.policies(curves)]
+    parts += [learning.table(compared), learning.without_area(measured, curves)]
     return "\n\n".join(part for part in parts if part)
 
 

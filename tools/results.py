@@ -64,6 +64,8 @@ CURVE_COLUMNS = (
     "implicit_cosine",
     "implicit_norm_ratio",
     "ihvp_correction",
+    "approx_kl",
+    "entropy",
     "alpha",
     "accuracy_fresh",
     "accuracy_replay",

@@ -218,6 +218,25 @@ def table(summary) -> str:
     return markdown(head, rows)
 
 
+def policies(curves) -> str:
+    """Markdown: how far an update moves the policy and what is left of its entropy, of runs that tell both,
+    by medians over the rows of a run and means over seeds; empty if none does.
+
+    curves: as load_curves returns them.
+    """
+    rows = []
+    for (env_id, method), runs in curves.items():
+        if not all({"approx_kl", "entropy"} <= run.keys() for run in runs):
+            continue
+        moved = np.mean([np.nanmedian(run["approx_kl"]) for run in runs])
+        first, last = (np.mean([run["entropy"][i] for run in runs]) for i in (0, -1))
+        rows.append([env_id, label(method), len(runs), f"{moved:.3f}", f"{first:.1f}", f"{last:.1f}"])
+    if not rows:
+        return ""
+    moves = ["KL of an update, median", "entropy, first update", "entropy, last update"]
+    return markdown(["environment", "method", "seeds", *moves], rows)
+
+
 def fewer_seeds(summary) -> str:
     """A line that names the groups with fewer seeds than the largest has; empty if there are none."""
     finals = grouped(summary)
