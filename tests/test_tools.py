@@ -575,10 +575,15 @@ def page(name):
 
 
 def test_returns_that_pages_show_are_those_of_the_published_runs():
-    published = page("results/earlier/tables.md").splitlines()
-    readme = page("README.md").split("## Results")[1].split("How fast")[0]
-    results_page = page("docs/results.md").split("## Returns after 1M steps")[1]
-    for section, least in ((readme, 9), (results_page, 20)):
+    readme = page("README.md").split("## Results")[1].split("Over the tasks")[0]
+    page_now, page_earlier = page("docs/results.md").split("## Returns after 1M steps")
+    page_now = page_now.split("Returns, means of the last 100")[1].split("**What may be why")[0]
+    for section, folder, least in (
+        (readme, "results", 9),
+        (page_now, "results", 9),
+        (page_earlier, "results/earlier", 20),
+    ):
+        published = page(f"{folder}/tables.md").splitlines()
         shown = [line for line in section.splitlines() if line.startswith("|")]
         assert len(shown) >= least and not set(shown) - set(published)
 
@@ -599,10 +604,10 @@ def area_cells(areas, env_id, methods):
 
 
 def test_how_the_defaults_end_is_what_pages_say():
-    """The criteria of docs/results.md, B, from summary.csv without the tools; the sentence of the README."""
+    """The criteria of docs/results.md, B, from summary.csv without the tools; the table of the README."""
     section = page("docs/results.md").split("**Most of it failed.**")[1].split("## C. ")[0]
     shown = {row[0]: row[1:] for row in rows_in(section)}
-    readme = " ".join(page("README.md").split())
+    readme = {row[0]: row for row in rows_in(page("README.md"))}
     rows = read(ROOT / "results" / "summary.csv")
     for env_id, least in {"Walker2d-v4": 3800, "Hopper-v4": 2500, "HalfCheetah-v4": 2000}.items():
         there = [row for row in rows if row["env_id"] == env_id]
@@ -619,22 +624,20 @@ def test_how_the_defaults_end_is_what_pages_say():
         verdict = {(0, 0): "both missed", (0, 1): "missed; not below PPO", (1, 1): "both met"}[met]
         assert [len(x) for x in runs] == [5, 5]
         assert shown[env_id] == [f"{least:,}", *cells, interval, verdict]
-        assert f"{cells[0]} on {env_id}" in readme
+        assert cells[0] in readme[env_id]
 
 
 def test_learning_speed_that_pages_show_is_that_of_the_published_runs(capsys):
-    """The tables of docs/results.md, A, and that of the README: probabilities, intervals, p, areas."""
+    """The tables of docs/results.md, A: probabilities, intervals, p, areas; shares in the README."""
     folder = ROOT / "results" / "quarter"
     learning.main(["--results-dir", str(folder)])
     tested = [cells_of(line) for line in capsys.readouterr().out.splitlines()[2:]]
     section = page("docs/results.md").split("## A. ")[1].split("## B. ")[0]
     shown = rows_in(section)
-    in_readme = rows_in(page("README.md"))
     assert [row[1] for row in tested] == ["ppo-matched", "nested", "mean-c"]
     for _, method, environments, runs, chance, interval, p, adjusted in tested:
         assert (environments, runs) == ("6", "60 and 60")
         assert [f"`{method}`", chance, interval, p, adjusted] in shown
-        assert [chance, interval, adjusted] in [row[1:] for row in in_readme]
 
     areas = learning.measures(*results.load_results(folder))["AUC25"]
     wider = []  # of PPO's clip range: P(BLPO learns faster)
@@ -650,6 +653,54 @@ def test_learning_speed_that_pages_show_is_that_of_the_published_runs(capsys):
     final = re.search(pattern, page("results/earlier/tables.md"), re.MULTILINE)
     for share in (round(100 * float(tested[0][4])), round(100 * np.mean(wider)), final[1]):
         assert f"{share} %" in found
+
+
+def test_the_methods_at_their_best_are_what_pages_say(capsys):
+    """docs/results.md, C, and the README: the registered tests, and what became of the statements."""
+    others = ["ppo-tuned", "nested-tuned", "nested", "mean-c"]
+    flags = ["--results-dir", str(ROOT / "results"), "--measures", "AUC", "final"]
+    learning.main([*flags, "--against", *others])
+    section = page("docs/results.md").split("## C. ")[1].split("## D. ")[0]
+    found = " ".join(page("README.md").split("**What was found so far**")[1].split("Train on")[0].split())
+    chances = {}
+    for line in capsys.readouterr().out.splitlines()[2:]:
+        measure, method, environments, runs, *numbers = cells_of(line)
+        several = {"ppo-tuned": 7, "nested": 7}.get(method, 3)
+        assert (environments, runs) == (str(several), f"{5 * several} and {5 * several}")
+        assert [measure, f"`{method}`", environments, *numbers] in rows_in(section)
+        chances[measure, method] = float(numbers[0]), *map(float, numbers[1].split(" to "))
+    above = lambda measure, method, least: chances[measure, method][1] > least
+    holds = {
+        name: above("AUC", method, 0.5) and above("final return", method, 0.45)
+        for name, method in {"C1": "ppo-tuned", "C2": "nested-tuned"}.items()
+    }
+    holds["C3"] = above("AUC", "nested", 0.5) and above("AUC", "mean-c", 0.5)
+    verdict = ", ".join(f"{name} {'holds' if holds[name] else 'fails'}" for name in holds)
+    assert f"**{verdict}.**" in section
+    for measure in ("AUC", "final return"):
+        value, low, high = (round(100 * share) for share in chances[measure, "ppo-tuned"])
+        assert f"{value} % ({low} to {high} %)" in found
+
+    published = rows_in(page("results/tables.md"))
+    heads = [row for row in published if row[0] == "environment"]
+    (policies,) = (head for head in heads if head[3].startswith("KL"))
+    lines = published[published.index(policies) :]
+    told = {tuple(row[:2]): (row[3], row[5]) for row in lines if len(row) == 6}
+    cells = rows_in(section.split("looked at afterwards")[1])
+    assert [len(cells), len(cells[0])] == [8, 6]
+    for env_id, *shown in cells[1:]:
+        for method, cell in zip(cells[0][1:], shown, strict=True):
+            assert cell == ", ".join(told.get((env_id, method), ()))
+    moved = {key: float(kl) for key, (kl, _) in told.items() if key != tuple(policies[:2])}
+    ratios = [moved[env_id, "BLPO"] / moved[env_id, "nesting only"] for env_id, *_ in cells[1:]]
+    text = " ".join(section.split())
+    assert f"{min(ratios):.1f} to {max(ratios):.1f} times as far as one of nesting alone" in text
+
+    shorter = rows_in(page("README.md").split("Over the tasks that have both")[1].split("## ")[0])[1:]
+    assert [row[0] for row in shorter][1:3] == ["PPO, tuned (7)", "nesting only, tuned (3)"]
+    for method, *shown in shorter:
+        for measure, chance in zip(("AUC", "final return"), shown, strict=True):
+            assert [measure, method, chance] in [row[:3] for row in published]
 
 
 def test_another_leader_is_what_the_page_says(capsys):
