@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     if parts:
         text = "\n\n".join(parts)
         print(text)
-        results.write_text(results_dir / "tables.md", text + "\n")
+        results.write_whole(results_dir / "tables.md", text + "\n")
 
 
 if __name__ == "__main__":

@@ -134,10 +134,10 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_text(path, text.getvalue())
+    write_whole(path, text.getvalue())
 
 
-def write_text(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Writes a file under another name and renames it: nobody reads half of it, and nothing is lost."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8", newline="")
@@ -226,7 +226,7 @@ def export(runs_dir: Path, results_dir: Path) -> None:
         return
     results_dir.mkdir(parents=True, exist_ok=True)
     for path, text in curves.items():
-        write_text(path, text)
+        write_whole(path, text)
     write_csv(summary_path, [summary[name] for name in sorted(summary)])
 
 
