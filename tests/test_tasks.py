@@ -274,10 +274,15 @@ def test_the_speed_that_the_page_shows():
     shown = [line.split(" | ", 1)[1] for line in page.splitlines() if line.startswith("| ")][1:]
     cells = [f"{float(row['sps']):.0f} | {float(row['ratio']):.2f} | {row['mib']} |" for row in rows]
     assert shown[: len(rows)] == cells
+    text = " ".join(page.split())
+    assert f"makes {float(rows[0]['ratio']):.2f} times as many steps as CleanRL's script" in text
     rates = {row["name"]: float(row["sps"]) for row in rows}
-    for size in ("128", "64"):
-        for method in ("drlhf", "sobirl"):
-            assert f"{rates[f'{method}-{size}'] / rates[f'sac-{size}']:.2f}" in page
+    (large, larger), (small, smaller) = (
+        [f"{rates[f'{method}-{size}'] / rates[f'sac-{size}']:.2f}" for method in ("drlhf", "sobirl")]
+        for size in ("128", "64")
+    )
+    assert f"`drlhf` makes {large} and `sobirl` {larger} times the steps of `sac`" in text
+    assert f"with 64 × 64 {small} and {smaller}." in text
 
 
 def test_the_figure_of_learned_rewards(learned, tmp_path):
