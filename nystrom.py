@@ -294,22 +294,22 @@ def cg_ihvp(product, v, rho=50.0, max_iters=50, tol=1e-5, preconditioner=None, m
     }
 
 
-def solve(method, product, v, rank=2, rho=50.0, sketch="krylov", cg_iters=50, generator=None):
+def solve(method, product, v, rank=2, rho=50.0, sketch="krylov", cg_iters=50, cg_tol=1e-3, generator=None):
     """x = (H + rho I)^{-1} v by "nystrom", "cg" or "pcg" (CG preconditioned by the Nystrom sketch), and its
-    "correction" (nystrom_solve); both are NaN where v or H is not finite. CG stops at a relative residual of
-    1e-3."""
+    "correction" (nystrom_solve); both are NaN where v or H is not finite. CG stops after cg_iters iterations,
+    or at a relative residual of cg_tol."""
     try:
         if method == "nystrom":
             x, info = nystrom_ihvp(product, v, rank, rho, sketch, generator)
         elif method == "cg":
-            x, info = cg_ihvp(product, v, rho, cg_iters, 1e-3, measure=False)
+            x, info = cg_ihvp(product, v, rho, cg_iters, cg_tol, measure=False)
         elif method == "pcg":
             omega, Y = make_sketch(sketch, product, v, rank, generator)
 
             def preconditioner(r):
                 return nystrom_solve(Y, omega, r, rho)[0]
 
-            x, info = cg_ihvp(product, v, rho, cg_iters, 1e-3, preconditioner, measure=False)
+            x, info = cg_ihvp(product, v, rho, cg_iters, cg_tol, preconditioner, measure=False)
         else:
             raise ValueError(f"method must be nystrom, cg or pcg, got {method!r}")
     except NotFinite:

@@ -30,8 +30,8 @@ import tyro
 
 import blpo_continuous
 import blpo_discrete
+import nystrom
 from jacobian import flatten, jacobian_of
-from nystrom import cg_ihvp, make_sketch, norm, nystrom_ihvp, nystrom_solve
 from tools.results import write_csv
 
 SCRIPTS = {"blpo_continuous.py": blpo_continuous, "blpo_discrete.py": blpo_discrete}
@@ -157,16 +157,9 @@ def setup_ms(script, moment: Moment, hessian: str, repeat: int) -> float:
 
 def solve(solver: str, product, v, budget: int, rho: float, generator):
     """x (p,) by `budget` products with H; CG and preconditioned CG make as many iterations."""
-    if solver == "cg":
-        return cg_ihvp(product, v, rho, budget, 0.0, measure=False)[0]
-    if solver == "pcg":
-        omega, Y = make_sketch("krylov", product, v, 2)
-
-        def preconditioner(r):
-            return nystrom_solve(Y, omega, r, rho)[0]
-
-        return cg_ihvp(product, v, rho, budget, 0.0, preconditioner, measure=False)[0]
-    return nystrom_ihvp(product, v, budget, rho, solver, generator)[0]
+    if solver in ("cg", "pcg"):
+        return nystrom.solve(solver, product, v, rho=rho, cg_iters=budget, cg_tol=0.0)[0]
+    return nystrom.solve("nystrom", product, v, budget, rho, solver, generator=generator)[0]
 
 
 class System(NamedTuple):
@@ -198,7 +191,7 @@ class Case:
             x = solve(self.solver, product, v, self.budget, self.rho, generator).astype(float)
             self.spent.append(1e3 * (time.perf_counter() - begin))
             rest = exact_product(x) + self.rho * x - exact_v
-            residuals.append(norm(rest) / norm(exact_v))
+            residuals.append(nystrom.norm(rest) / nystrom.norm(exact_v))
         self.row["residual"] = f"{statistics.mean(residuals):.4g}"
         self.row["ms"] = round(self.setup + statistics.median(self.spent), 3)
 
