@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-import torch
 import tyro
 
 
@@ -168,7 +167,10 @@ class RunFlags(Flags):
         return json.loads(self.env_kwargs)
 
     @property
-    def device(self) -> torch.device:
+    def device(self):
+        """As a torch.device."""
+        import torch  # not above: whoever wants no more than fail() would wait for it
+
         return torch.device("cuda" if self.cuda else "cpu")
 
 
@@ -243,12 +245,18 @@ def check_run_flags(args: RunFlags) -> None:
         args.refuse("eval_episodes", "be at least 1 to evaluate")
     if 0 < args.anneal_timesteps < args.total_timesteps:
         args.refuse("total_timesteps", f"be at most --anneal-timesteps {args.anneal_timesteps}, or that be 0")
-    if args.cuda and not torch.cuda.is_available():
+    if args.cuda and not gpu_is_there():
         args.refuse("cuda", "be off: torch finds no GPU here")
     if fixed := {"id", "disable_env_checker"} & args.env_options.keys():
         args.refuse("env_kwargs", f"not have {', '.join(sorted(fixed))}, which is not the environment's")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         args.refuse("tensorboard", "come with its package: pip install tensorboard")
+
+
+def gpu_is_there() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def translated(words: list[str], Args) -> list[str]:

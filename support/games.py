@@ -13,6 +13,8 @@ import re
 import gymnasium as gym
 import numpy as np
 
+from support.flags import fail
+
 ATARI = re.compile(r"ALE/.+|.+(NoFrameskip|Deterministic)-v\d")
 
 
@@ -41,8 +43,6 @@ def check_packages(env_id: str) -> None:
     package = package_of(env_id)
     packages = {"ale_py": ("ale_py", "cv2")}.get(package, (package,))
     if package and not all(map(importlib.util.find_spec, packages)):
-        from support.flags import fail  # not above: benchmark.sh would wait for PyTorch, too
-
         fail(f"--env-id {env_id} needs a package more: pip install -r requirements-games.txt")
 
 

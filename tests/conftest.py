@@ -1,3 +1,4 @@
+import contextlib
 import signal
 import sys
 from pathlib import Path
@@ -21,6 +22,21 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(*words): a block that must end the program with status 2 and one line that has these in it."""
+
+    @contextlib.contextmanager
+    def block(*words):
+        with pytest.raises(SystemExit) as stop:
+            yield
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+        assert all(word in err for word in words), err
+
+    return block
 
 
 def pytest_configure(config):

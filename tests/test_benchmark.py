@@ -639,5 +639,5 @@ def test_solvers_on_a_real_critic(tmp_path):
     for wrong in (tmp_path, other):
         failed = subprocess.run([*command, wrong], capture_output=True, text=True)
         assert (
-            failed.returncode == 1 and "not a run of BLPO" in failed.stderr and failed.stderr.count("\n") == 1
+            failed.returncode == 2 and "not a run of BLPO" in failed.stderr and failed.stderr.count("\n") == 1
         )

@@ -246,7 +246,7 @@ def test_bad_runs_are_refused(run, tmp_path):
     def answer(*words):
         command = [sys.executable, ROOT / "tools" / "gate.py", *words, "--results-dir", tmp_path / "none"]
         found = subprocess.run(command, capture_output=True, text=True)
-        assert not (tmp_path / "none").exists() and found.returncode == 1
+        assert not (tmp_path / "none").exists() and found.returncode == 2
         return found.stderr.strip().splitlines()[-1]
 
     assert "not a run of blpo_continuous.py with two checkpoints and a solver" in answer(tmp_path / "nothing")

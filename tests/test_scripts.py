@@ -352,9 +352,12 @@ def test_speed_side_by_side(tmp_path):
         ("nosuchcommand", "nosuch"),
         ("a 'b", "quot"),
         (once, "--steps"),
+        (f"{sys.executable} {other}", "--csv must lie in a folder that is there"),
     ):
-        failed = subprocess.run([*measuring[:2], bad, "--steps", "640"], capture_output=True, text=True)
-        assert failed.returncode == 1 and word in failed.stderr and failed.stderr.count("\n") == 1, (
+        to_nowhere = ["--csv", tmp_path / "none" / "speed.csv"] * ("--csv" in word)
+        words = [*measuring[:2], bad, "--steps", "640", *to_nowhere]
+        failed = subprocess.run(words, capture_output=True, text=True)
+        assert failed.returncode == 2 and word in failed.stderr and failed.stderr.count("\n") == 1, (
             failed.stderr
         )
 

@@ -40,7 +40,7 @@ def write_rows(tmp_path, returns, steps=300_000, seed=101):
     results.write_csv(path, rows)
 
 
-def test_scores_by_hand(tmp_path):
+def test_scores_by_hand(tmp_path, refused):
     walker, hopper, cheetah = ENVIRONMENTS
     returns = {
         "ppo-0": {walker: 100, hopper: 30, cheetah: 10},
@@ -58,11 +58,11 @@ def test_scores_by_hand(tmp_path):
     table = tuning.table(once).splitlines()
     assert table[2] == "| blpo | 2 | 1.33 | 200 | 20 | 60 | 128 | windows of 32 | 5 | 0.0003 | 0.3 | 1 |"
 
-    with pytest.raises(SystemExit, match="no configuration with the seeds"):
+    with refused("no configuration with the seeds"):
         tuning.table(arguments(tmp_path))  # 102 has not been run
-    with pytest.raises(SystemExit, match="no configuration with the seeds"):
+    with refused("no configuration with the seeds"):
         tuning.factors(arguments(tmp_path))
-    with pytest.raises(SystemExit, match="--csv .* is no file"):
+    with refused("--csv ", "none.csv is no file"):
         tuning.table(arguments(tmp_path, csv=tmp_path / "none.csv"))
     write_rows(tmp_path, {"ppo-0": {walker: 300, hopper: 50, cheetah: 30}}, seed=102)
     assert tuning.means_of(arguments(tmp_path)) == {("ppo", 0): {walker: 200, hopper: 40, cheetah: 20}}

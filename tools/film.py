@@ -16,7 +16,7 @@ from PIL import Image  # which matplotlib and moviepy need, too
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from support.flags import fail, shown
+from support.flags import fail, parse_args, shown
 
 
 @dataclass
@@ -51,7 +51,7 @@ def frames(args: Args) -> list[Image.Image]:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
+    args = parse_args(Args, __doc__, argv)
     for name in ("seconds", "width", "fps"):
         if not getattr(args, name) > 0:
             fail(f"--{name} must be above 0, got {getattr(args, name):g}")

@@ -39,8 +39,9 @@ import torch
 import tyro
 
 import blpo_continuous as script
-from tools.solvers import Enough, in_precision, misfit, watch
+from support.flags import fail, parse_args
 from tools.results import write_csv
+from tools.solvers import Enough, in_precision, misfit, watch
 from tools.tables import markdown
 
 WINDOWS = 4  # consecutive windows of the same environment that a moment knows
@@ -288,17 +289,17 @@ class Args:
 
 def main(argv: list[str] | None = None) -> None:
     """Writes both files and prints the table."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
+    args = parse_args(Args, __doc__, argv)
     if bad := [str(run) for run in args.runs if misfit(run, ["blpo_continuous.py"])]:
         names = ", ".join(bad)
-        sys.exit(f"error: {names}: not a run of blpo_continuous.py with two checkpoints and a solver")
+        fail(f"{names}: not a run of blpo_continuous.py with two checkpoints and a solver")
     found, weights = [], []
     for run in args.runs:
         taken = moments(run)
         if not taken:
-            sys.exit(f"error: {run} has no {WINDOWS} iterations after its last checkpoint but one")
+            fail(f"{run} has no {WINDOWS} iterations after its last checkpoint but one")
         if len(taken) < 2:
-            sys.exit(f"error: {run} has one environment, and products are of different ones: take 2 or more")
+            fail(f"{run} has one environment, and products are of different ones: take 2 or more")
         flags = taken[0].args
         name = {"env_id": flags.env_id, "steps": flags.total_timesteps}
         for variant, how in VARIANTS.items():

@@ -25,11 +25,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import scipy.stats
-import tyro
 
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from support.flags import fail, parse_args
 from tools.results import grouped, has_return, label, load_results, method_order, run_order
 from tools.results import starting_returns
 from tools.tables import Estimate, beats, chance_of_improvement, environments_with_scale
@@ -224,7 +224,7 @@ class Args:
 def main(argv: list[str] | None = None) -> None:
     """Prints by every measure the tests of P(--method > other) = 0.5 for every other of --against. Holm's
     correction is over these."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
+    args = parse_args(Args, __doc__, argv)
     summary, curves = load_results(args.results_dir)
     measured = measures(summary, curves)
     rows = []
@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
         compared = {other: compare(values, None, other, args.method) for other in args.against}
         if absent := [other for other, comparison in compared.items() if comparison is None]:
             what = f"of {args.method} and of {', '.join(absent)} to compare by {measure}"
-            sys.exit(f"error: {args.results_dir} has no two seeds {what}")
+            fail(f"{args.results_dir} has no two seeds {what}")
         adjusted = holm([comparison.p for comparison in compared.values()])
         for (other, comparison), p in zip(compared.items(), adjusted):
             both = args.method, other

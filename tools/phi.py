@@ -28,7 +28,7 @@ if not __package__:  # run as a file
 import sobirl_discrete
 import sobirl_tabular as tabular
 from leader import ChoiceReward
-from support.flags import parse_args
+from support.flags import fail, parse_args
 from tools import figures, results
 from tools.results import method_order, style
 from tools.tables import markdown
@@ -108,11 +108,11 @@ def collect(args: Args) -> None:
         follower = (problem.tau, problem.gamma)
         if flags["autotune"] or flags["reward_norm"] or (flags["alpha"], flags["gamma"]) != follower:
             wanted = f"--no-autotune --no-reward-norm --alpha {problem.tau} --gamma {problem.gamma}"
-            sys.exit(f"error: {folder.name} has another follower than the problem: run it with {wanted}")
+            fail(f"{folder.name} has another follower than the problem: run it with {wanted}")
         try:
             found = measure(problem, *learned(folder, flags, problem))
         except (OSError, KeyError, RuntimeError) as damage:
-            sys.exit(f"error: {folder}: model.pt is damaged ({type(damage).__name__}: {damage})")
+            fail(f"{folder}: model.pt is damaged ({type(damage).__name__}: {damage})")
         method = flags["exp_name"].removesuffix(f"-{number}")
         name = (str(number), method, str(flags["seed"]))
         row = dict(zip(("problem", "method", "seed"), name))
@@ -121,7 +121,7 @@ def collect(args: Args) -> None:
         row["flags"] = json.dumps({flag: value for flag, value in flags.items() if flag not in private})
         same = [other for other in rows.values() if other["method"] == method]
         if changed := results.changed_flags(row, same):
-            sys.exit(f"error: {folder.name} has other flags than the runs of {method}: {', '.join(changed)}")
+            fail(f"{folder.name} has other flags than the runs of {method}: {', '.join(changed)}")
         rows[name] = row
     order = sorted(rows, key=lambda name: (int(name[0]), name[1], int(name[2])))
     results.write_csv(args.csv, [rows[name] for name in order])
@@ -228,7 +228,7 @@ def table_of_tables(rows: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = tyro.cli(Args, args=argv, description=__doc__)
+    args = parse_args(Args, __doc__, argv)
     if args.action == "collect":
         collect(args)
     elif args.action == "tables":
@@ -236,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
         results.write_csv(args.tables_csv, rows)
         print(table_of_tables(rows))
     elif not args.csv.exists():
-        sys.exit(f"error: --csv {args.csv} is not there: run `python tools/phi.py collect` first")
+        fail(f"--csv {args.csv} is not there: run `python tools/phi.py collect` first")
     elif args.action == "figure":
         figures.save(draw(results.read_csv(args.csv)), args.figures_dir, "phi")
     else:

@@ -15,13 +15,12 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
-import tyro
 
 if not __package__:  # run as a file, for which Python looks in tools/, but not in the folder that holds it
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from support.flags import fail, parse_args
 from tools import figures, learning, preferences, results, tables, tabular
 
 
@@ -51,14 +50,8 @@ def parse_apart(text: str) -> tuple[str, str] | None:
         return None
     found = re.fullmatch(r"(.+):(0|[1-9][0-9]*)", text)
     if not found:
-        refuse(f"--apart must be problem:seed, for example preference:688, got {text}")
+        fail(f"--apart must be problem:seed, for example preference:688, got {text}")
     return found[1], found[2]
-
-
-def refuse(message: str) -> NoReturn:
-    """Ends the program because of the value of a flag."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def deep_runs(results_dir: Path, figures_dir: Path) -> str:
@@ -98,11 +91,8 @@ def measurements(results_dir: Path) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line.
-
-    Ends with status 1 where there is nothing to show or runs do not fit together, with 2 for a bad flag.
-    """
-    args = tyro.cli(Args, args=argv, description=__doc__)
+    """The command line."""
+    args = parse_args(Args, __doc__, argv)
     apart = parse_apart(args.apart)
     results_dir = Path(args.results_dir)
     figures_dir = Path(args.figures_dir)
@@ -113,11 +103,11 @@ def main(argv: list[str] | None = None) -> None:
     has_tabular = (results_dir / "tabular_summary.csv").exists()
     measured = measurements(results_dir)
     if not has_deep and not has_tabular and not measured:
-        sys.exit(f"error: no results in {results_dir}: name a folder with finished runs by --runs-dir")
+        fail(f"no results in {results_dir}: name a folder with finished runs by --runs-dir")
     if apart:
         rows = results.read_csv(results_dir / "tabular_summary.csv") if has_tabular else []
         if apart not in {tabular.instance(row) for row in rows}:
-            refuse(f"--apart {args.apart}: {results_dir} has no run of sobirl_tabular.py with that seed")
+            fail(f"--apart {args.apart}: {results_dir} has no run of sobirl_tabular.py with that seed")
 
     for name in measured:
         draw, files = MEASUREMENTS[name]

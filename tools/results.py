@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from support.flags import fail
 from support.names import slug
 
 # The methods in the order of tables and legends: exp_name, colour, line style, label. Methods with other
@@ -155,17 +156,17 @@ def curve_path(results_dir: Path, row: dict) -> Path:
 def run_folders(runs_dir: Path) -> list[tuple[Path, dict]]:
     """Every run folder in runs_dir, by name, with the contents of its config.json.
 
-    Ends the program with one line and status 1 if runs_dir is not a folder or a config.json is damaged.
+    Ends the program with one line and status 2 if runs_dir is not a folder or a config.json is damaged.
     """
     if not runs_dir.is_dir():
-        sys.exit(f"error: --runs-dir {runs_dir} is not a folder")
+        fail(f"--runs-dir {runs_dir} is not a folder")
     found = []
     for folder in sorted(path.parent for path in runs_dir.glob("*/config.json")):
         path = folder / "config.json"
         try:
             found.append((folder, json.loads(path.read_text(encoding="utf-8"))))
         except ValueError as problem:
-            sys.exit(f"error: {path} is not JSON: {problem}")
+            fail(f"{path} is not JSON: {problem}")
     return found
 
 
@@ -190,7 +191,7 @@ def export(runs_dir: Path, results_dir: Path) -> None:
 
     What was there of the same environment, exp_name and seed is replaced; of two such runs the one whose
     folder is later in the alphabet stays, which is the younger one. All runs of a name must have the same
-    flags: if they have not, the program ends with one line and status 1, and nothing is written.
+    flags: if they have not, the program ends with one line and status 2, and nothing is written.
     """
     summary_path = results_dir / "summary.csv"
     known = read_csv(summary_path) if summary_path.exists() else []
@@ -208,7 +209,7 @@ def export(runs_dir: Path, results_dir: Path) -> None:
             curve = curve_text(progress)
         except (ValueError, KeyError, TypeError) as problem:  # no text, no number, a missing column or cell
             reason = f"{type(problem).__name__}: {problem}"
-            sys.exit(f"error: {folder}: progress.csv or evaluation.csv is damaged ({reason})")
+            fail(f"{folder}: progress.csv or evaluation.csv is damaged ({reason})")
         if cut := sum(episode.get("cut") == "1" for episode in evaluation):
             print(f"{cut} of {len(evaluation)} episodes of the evaluation were cut: {folder.name}")
         same_name = [
@@ -218,7 +219,7 @@ def export(runs_dir: Path, results_dir: Path) -> None:
         ]
         if changed := changed_flags(row, same_name):
             others = f"the runs of that name in {results_dir}"
-            sys.exit(f"error: {folder.name} has other flags than {others}: {', '.join(changed)}")
+            fail(f"{folder.name} has other flags than {others}: {', '.join(changed)}")
         summary[row["env_id"], row["exp_name"], row["seed"]] = row
         curves[curve_path(results_dir, row)] = curve
 
@@ -331,7 +332,7 @@ def load_results(results_dir: Path) -> tuple[list[dict[str, str]], dict]:
             float(row["return_100"])
         return summary, load_curves(results_dir, summary)
     except (OSError, ValueError, KeyError, TypeError, IndexError) as problem:
-        sys.exit(f"error: {results_dir} is damaged ({type(problem).__name__}: {problem})")
+        fail(f"{results_dir} is damaged ({type(problem).__name__}: {problem})")
 
 
 def starting_returns(curves) -> dict[str, float]:

@@ -32,6 +32,7 @@ import blpo_continuous
 import blpo_discrete
 import nystrom
 from jacobian import flatten, jacobian_of
+from support.flags import fail, parse_args
 from tools.results import write_csv
 
 SCRIPTS = {"blpo_continuous.py": blpo_continuous, "blpo_discrete.py": blpo_discrete}
@@ -215,7 +216,7 @@ def cases_of(run: Path, args: Args) -> list[Case]:
 def main(args: Args) -> None:
     if bad := [str(run) for run in args.runs if misfit(run)]:
         names = ", ".join(bad)
-        sys.exit(f"error: {names}: not a run of BLPO, with a solver, that has written two checkpoints")
+        fail(f"{names}: not a run of BLPO, with a solver, that has written two checkpoints")
     cases = [case for run in args.runs for case in cases_of(run, args)]
     for _ in range(args.repeat):  # outermost, so that a slow spell of the machine meets all cases
         for case in cases:
@@ -228,4 +229,4 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(tyro.cli(Args, description=__doc__))
+    main(parse_args(Args, __doc__))

@@ -27,6 +27,12 @@ from typing import NamedTuple
 
 import tyro
 
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from support.flags import fail, parse_args
+from tools.results import write_csv  # no more of the tools: a command's memory is at least what is held here
+
 PHASES = ("env", "inference", "bookkeeping", "critic", "hypergradient", "actor")
 
 
@@ -39,7 +45,7 @@ class Args:
     steps: int = 102_400
     """environment steps of each run: --total-timesteps STEPS is appended to every command"""
     csv: str = ""
-    """file to write the rows to as well (plot.py draws results/speed.csv), named by --exp-name"""
+    """file to write the rows to after every turn, named by --exp-name (plot.py draws results/speed.csv)"""
 
 
 class Measured(NamedTuple):
@@ -84,7 +90,7 @@ def measure(command: str, steps: int) -> Measured:
     try:
         words = [*shlex.split(command), "--total-timesteps", str(steps)]
     except ValueError as problem:
-        sys.exit(f"error: {command}: {problem}")
+        fail(f"{command}: {problem}")
     with tempfile.TemporaryDirectory() as folder:
         if any(map(is_ours, words)):
             words += ["--eval-episodes", "0", "--runs-dir", folder]
@@ -93,17 +99,17 @@ def measure(command: str, steps: int) -> Measured:
         try:
             process = subprocess.Popen(words, env=env, **pipes)
         except OSError as problem:
-            sys.exit(f"error: {command}: {problem}")
+            fail(f"{command}: {problem}")
         points, last_line = printed_points(process.stdout)
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             code = os.waitstatus_to_exitcode(status)
-            sys.exit(f"error: {command} ended with status {code}: {last_line}")
+            fail(f"{command} ended with status {code}: {last_line}")
         rows = progress_of(folder)
     if rows:
         points = [(row["global_step"], row["wall_seconds"]) for row in rows]
     if len(points) < 2:
-        sys.exit(f"error: {command} reported {len(points)} times; raise --steps")
+        fail(f"{command} reported {len(points)} times; raise --steps")
     (first, begin), (last, end) = points[0], points[-1]
     phases = {}
     for phase in PHASES:
@@ -112,30 +118,46 @@ def measure(command: str, steps: int) -> Measured:
     return Measured((last - first) / (end - begin), usage.ru_maxrss / 1024, phases)
 
 
-def main(args: Args) -> None:
-    if min(args.turns, args.steps, len(args.commands)) < 1:
-        sys.exit("error: name at least one command, and keep --turns and --steps at 1 or more")
-    turns = [[measure(command, args.steps) for command in args.commands] for _ in range(args.turns)]
-    table = []
+def table(commands: tuple[str, ...], turns: list[list[Measured]]) -> list[dict]:
+    """A row per command, of all turns so far."""
+    rows = []
+    for i, command in enumerate(commands):
+        named = re.findall(r"--exp-name[ =](\S+)", command) or [command]
+        row = {
+            "name": named[0],
+            "sps": round(statistics.median(turn[i].rate for turn in turns), 1),
+            "ratio": round(statistics.median(turn[i].rate / turn[-1].rate for turn in turns), 4),
+            "mib": round(max(turn[i].memory for turn in turns)),
+        }
+        for phase in PHASES:
+            row[f"{phase}_ms"] = round(statistics.median(turn[i].phases.get(phase, 0) for turn in turns), 2)
+        rows.append(row)
+    return rows
+
+
+def show(commands: tuple[str, ...], rows: list[dict]) -> None:
+    """Prints the rows as a Markdown table."""
     print(f"| command | SPS | ratio | MiB | {' | '.join(f'{phase}, ms' for phase in PHASES)} |")
     print("|---" * (4 + len(PHASES)) + "|")
-    for i, command in enumerate(args.commands):
-        rate = statistics.median(turn[i].rate for turn in turns)
-        ratio = statistics.median(turn[i].rate / turn[-1].rate for turn in turns)
-        memory = max(turn[i].memory for turn in turns)
-        spent = [statistics.median(turn[i].phases.get(phase, 0) for turn in turns) for phase in PHASES]
-        named = re.findall(r"--exp-name[ =](\S+)", command) or [command]
-        row = {"name": named[0], "sps": round(rate, 1), "ratio": round(ratio, 4), "mib": round(memory)}
-        row |= {f"{phase}_ms": round(ms, 2) for phase, ms in zip(PHASES, spent)}
-        table.append(row)
+    for command, row in zip(commands, rows):
+        spent = [row[f"{phase}_ms"] for phase in PHASES]
         cells = " | ".join(f"{ms:.0f}" if ms else "" for ms in spent)
-        print(f"| `{command}` | {rate:,.0f} | {ratio:.2f} | {memory:.0f} | {cells} |")
-    if args.csv:
-        with open(args.csv, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, table[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(table)
+        print(f"| `{command}` | {row['sps']:,.0f} | {row['ratio']:.2f} | {row['mib']} | {cells} |")
+
+
+def main(args: Args) -> None:
+    if min(args.turns, args.steps, len(args.commands)) < 1:
+        fail("name at least one command, and keep --turns and --steps at 1 or more")
+    if args.csv and not Path(args.csv).resolve().parent.is_dir():
+        fail(f"--csv must lie in a folder that is there, got {args.csv}")
+    turns = []
+    for _ in range(args.turns):
+        turns.append([measure(command, args.steps) for command in args.commands])
+        rows = table(args.commands, turns)
+        if args.csv:  # after every turn, so that what is measured is not lost
+            write_csv(Path(args.csv), rows)
+    show(args.commands, rows)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse_args(Args, __doc__))

@@ -26,6 +26,7 @@ import tyro
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from support.flags import fail, parse_args
 from tools import results
 from tools.learning import budget
 from tools.tables import markdown
@@ -91,7 +92,7 @@ def means_of(args: Args, later=()) -> dict[tuple[str, int], dict[str, float]]:
     """By method and configuration the mean return in each environment, of those that have all seeds. later:
     lines beside those of args.csv."""
     if not args.csv.is_file():
-        sys.exit(f"error: --csv {args.csv} is no file")
+        fail(f"--csv {args.csv} is no file")
     returns = defaultdict(lambda: defaultdict(list))
     for row in [*results.read_csv(args.csv), *later]:
         if int(row["steps"]) == args.steps and int(row["seed"]) in args.seeds:
@@ -102,7 +103,7 @@ def means_of(args: Args, later=()) -> dict[tuple[str, int], dict[str, float]]:
         if all(len(found[env]) == len(args.seeds) for env in ENVIRONMENTS)
     }
     if not whole:
-        sys.exit(f"error: {args.csv} has no configuration with the seeds {args.seeds} in all environments")
+        fail(f"{args.csv} has no configuration with the seeds {args.seeds} in all environments")
     return whole
 
 
@@ -165,7 +166,7 @@ def endings(args: Args) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
+    args = parse_args(Args, __doc__, argv)
     print({"table": table, "factors": factors, "endings": endings}[args.action](args))
 
 
