@@ -272,9 +272,17 @@ def test_the_published_table_and_its_figure_are_those_of_the_results():
     assert scale.endswith(f": {between:.2f}") and f"the cosine is {between:.2f}." in " ".join(page.split())
     assert table in page
     assert all(row["trajectories"] == "64" for row in rows)
+    spread = []  # of a run's weights, without the first 50 steps of windows and episodes
+    for run in {(row["env_id"], row["steps"]) for row in weights}:
+        late = [row for row in weights if (row["env_id"], row["steps"]) == run and int(row["age"]) >= 50]
+        values = np.array([float(row["factor"]) for row in late])
+        spread.append(round(100 * values.std() / values.mean()))
+    assert f"varies by {min(spread)} to {max(spread)} per cent of its mean" in " ".join(page.split())
 
     left, right = figures.draw_gate(rows, weights).axes
-    assert len(left.lines) == 6 and sum(len(line.get_xdata()) for line in left.lines) == len(weights)
+    assert len({(line.get_color(), line.get_linestyle()) for line in left.lines}) == 6  # a look for each run
+    assert sum(len(line.get_xdata()) for line in left.lines) == len(weights)
+    assert all((np.diff(line.get_xdata()) == 1).all() for line in left.lines)  # a line for each episode
     variants = [label.get_text() for label in right.get_yticklabels()]
     assert variants == list(reversed(VARIANTS))
     first = next(line for line in right.lines if len(line.get_xdata()) == len(VARIANTS))

@@ -256,6 +256,22 @@ def test_the_page_shows_what_pendulums_have_come_to(number, env_id):
         assert float(curve[-1]["return_100"]) == pytest.approx(float(row["return_100"]), rel=1e-3)
 
 
+def test_how_large_the_second_term_grows_without_a_bound():
+    """docs/preferences.md, 2: the largest ratio of the two terms in each run."""
+    found = []
+    for method in ("sobirl-unbounded", "sobirl-authors"):
+        peaks = []
+        for path in (ROOT / "results" / "preferences").glob(f"Pendulum-v1__{method}__*.csv"):
+            rows = [row for row in results.read_csv(path) if float(row["ce_grad_norm"]) > 0]
+            ratios = [float(row["hyper_grad_norm"]) / float(row["ce_grad_norm"]) for row in rows]
+            peaks.append(np.nanmax(ratios))
+        assert len(peaks) == 5
+        found += [f"{min(peaks):,.0f} to {max(peaks):,.0f} times"]
+    page = " ".join((ROOT / "docs" / "preferences.md").read_text(encoding="utf-8").split())
+    fresh, authors = found
+    assert f"to {fresh} the first term in the five runs with fresh pairs and to {authors} with the authors" in page
+
+
 def test_the_bars_of_the_pendulum_with_bins():
     """That they were met, as docs/preferences.md says."""
     rows = results.read_csv(ROOT / "results" / "preferences" / "summary.csv")

@@ -388,7 +388,7 @@ def draw_solvers(rows: list[dict]) -> Figure:
 
 
 def draw_gate(rows: list[dict], weights: list[dict]) -> Figure:
-    """Left the factors 1 - 2 c_k of single trajectories, right the cosine of every variant in every run.
+    """Left the weights 1 - 2 c_k of single trajectories, right the cosine of every variant in every run.
 
     rows: of gate.csv, not empty: env_id, steps, variant, signal, signal_error; weights: of gate_weights.csv:
     env_id, steps, age, factor.
@@ -399,23 +399,26 @@ def draw_gate(rows: list[dict], weights: list[dict]) -> Figure:
     environments = dict.fromkeys(env_id for env_id, _ in runs)
     colours = dict(zip(environments, itertools.cycle(("#0072B2", "#D55E00", "#009E73", "#CC79A7"))))
     markers = dict(zip(dict.fromkeys(steps for _, steps in runs), itertools.cycle("o^sv")))
+    line_styles = dict(zip(markers, itertools.cycle(("-", "--", ":", "-."))))
     variants = list(dict.fromkeys(row["variant"] for row in rows))[::-1]
     handles = {}
     for i, run in enumerate(runs):
         env_id, steps = run
-        look = dict(color=colours[env_id], linestyle="", marker=markers[steps])
+        look = dict(color=colours[env_id], marker=markers[steps])
         name = f"{env_id}, {int(steps) // 1000}k steps"
         chosen = [row for row in weights if (row["env_id"], row["steps"]) == run]
-        ages, factors = ([float(row[name]) for row in chosen] for name in ("age", "factor"))
-        left.plot(ages, factors, markersize=2.5, alpha=0.5, **look)
-        handles[name] = Line2D([], [], **look)
+        ages, factors = (np.array([float(row[name]) for row in chosen]) for name in ("age", "factor"))
+        episodes = np.flatnonzero(np.diff(ages) < 0) + 1  # where a new one begins
+        for x, y in zip(np.split(ages, episodes), np.split(factors, episodes)):
+            left.plot(x, y, color=colours[env_id], linestyle=line_styles[steps], linewidth=1.2)
+        handles[name] = Line2D([], [], linestyle=line_styles[steps], **look)
 
         chosen = [row for row in rows if (row["env_id"], row["steps"]) == run]
         y = [variants.index(row["variant"]) + 0.3 - 0.6 * i / max(len(runs) - 1, 1) for row in chosen]
         cosines = [float(row["signal"]) for row in chosen]
         errors = [1.96 * float(row["signal_error"]) for row in chosen]
-        right.errorbar(cosines, y, xerr=errors, markersize=4, elinewidth=0.8, **look)
-    left.set(xlabel="steps since the window or the episode began", ylabel="factor 1 − 2c of an advantage")
+        right.errorbar(cosines, y, xerr=errors, linestyle="", markersize=4, elinewidth=0.8, **look)
+    left.set(xlabel="steps since the window or the episode began", ylabel="weight 1 − 2c of an advantage")
     right.axvline(0.9, color="grey", linewidth=0.8)
     right.set(xlabel="cosine of policy gradient and hypergradient", yticks=range(len(variants)))
     right.set_xlim(-1.05, 1.15)

@@ -3,25 +3,25 @@
     python tools/gate.py runs/Walker2d-v4__blpo__1__1763900000 runs/Hopper-v4__blpo__1__1763900500
 
 With the traces c_k of the cross term (blpo_continuous.py), and the clip gates aside, the hypergradient is a
-policy gradient whose advantages have the factors 1 - 2 c_k. It is calculated for each trajectory of a rollout
+policy gradient whose advantages have the weights 1 - 2 c_k. It is calculated for each trajectory of a rollout
 as if that were the batch, for each of the VARIANTS, ways to define it, and the table has means over runs of
 
     cosine of the means       between the expectations of grad_theta f and of the whole hypergradient, by the
                               products of different trajectories, whose noise is independent. 1: the same
                               direction. Both take the advantages of the regression targets, so that it
-                              shows what the factors do, and not what a newer critic does
+                              shows what the weights do, and not what a newer critic does
     of single trajectories    the same of each trajectory by itself: mostly of the noise that both share
     position                  share of the variance of c_k that the position in the window explains: R^2 of a
                               regression on the trace of a constant, the sum of (gamma lambda)^{k-t} over the
                               steps t <= k of the episode
     factor, its sd            mean and standard deviation of 1 - 2 c_k
 
-A variant that nearly keeps the direction, or whose factors say where a step lies and nothing about its state,
+A variant that nearly keeps the direction, or whose weights say where a step lies and nothing about its state,
 needs no training run. Linear systems are solved exactly, in float64, with the Gauss-Newton matrix.
 
 A run is copied and goes on from its last checkpoint but one; it must be one of blpo_continuous.py with four
 iterations left from there, and should have many environments. What is measured is written to gate.csv, a row
-per run and variant, and to gate_weights.csv the default's factors at the steps of a run's first trajectory;
+per run and variant, and to gate_weights.csv the default's weights at the steps of a run's first trajectory;
 plot.py draws both.
 """
 
@@ -266,7 +266,7 @@ def table(found: list[dict]) -> str:
             cells.append(style.format(known.mean()) if len(known) else "")
         lines.append([variant, *cells])
     head = ["hypergradient", "cosine of the means", "of single trajectories", "position"]
-    head += ["factor 1 − 2c", "its sd"]
+    head += ["weight 1 − 2c", "its sd"]
     # The direct gradient is the same in all variants but those of several rollouts.
     between = np.mean([float(row["between"]) for row in found if row["variant"] == "default"])
     note = f"cosine between `∇_θ f` on one trajectory and on another: {between:.2f}"

@@ -166,7 +166,7 @@ def best_return(problem: tabular.Problem) -> float:
 
 
 def share_of_best(problem: tabular.Problem, reached):
-    """How far true returns are on the way from that of equal chances (0) to the best one (1)."""
+    """How far true returns are on the way from that of a uniformly random policy (0) to the best one (1)."""
     worst = true_return(problem, torch.full_like(problem.true, 1 / problem.true.shape[1]))
     return (reached - worst) / (best_return(problem) - worst)
 
@@ -194,7 +194,7 @@ def draw(rows: list[dict]) -> Figure:
                 axis.plot(np.mean(values), y + shift, "o", color=colour, markersize=5, label=label)
     axes[0].set(yticks=range(len(numbers)), xlabel="the leader's loss φ", ylabel="preference problem")
     axes[0].set_yticklabels(reversed(numbers))
-    axes[1].set_xlabel("true return (0: equal chances, 1: the best)")
+    axes[1].set_xlabel("true return (0: random policy, 1: follower of the true reward)")
     for axis in axes:
         axis.grid(alpha=0.25)
     figure.tight_layout()

@@ -33,8 +33,8 @@ def with_ratios(run: dict) -> dict:
 
 
 def draw(curves) -> Figure:
-    """A column per environment, a row per PANELS: means over seeds of every method, returns with a thin line
-    for every run."""
+    """A column per environment, a row per PANELS: means over seeds of every method, on logarithmic axes
+    medians, and of returns a thin line for every run."""
     environments = list(dict.fromkeys(env_id for env_id, _ in curves))
     figure = Figure(figsize=(max(5.5, 3.6 * len(environments)), 2.2 * len(PANELS) + 0.4))
     axes = figure.subplots(len(PANELS), len(environments), squeeze=False, sharex="col")
@@ -42,7 +42,7 @@ def draw(curves) -> Figure:
     for (env_id, method), runs in curves.items():
         runs = [with_ratios(run) for run in runs]
         colour, line_style, _ = style(method)
-        for axis, (column, _, _) in zip(axes[:, environments.index(env_id)], PANELS):
+        for axis, (column, _, logarithmic) in zip(axes[:, environments.index(env_id)], PANELS):
             lines = measured(runs, "global_step", column)
             if not lines:
                 continue
@@ -51,7 +51,8 @@ def draw(curves) -> Figure:
                     axis.plot(x / 1000, y, color=colour, linewidth=0.5, alpha=0.3)
             grid, values = on_common_grid(lines)
             look = dict(color=colour, linestyle=line_style, linewidth=1.6)
-            (line,) = axis.plot(grid / 1000, values.mean(0), **look)
+            middle = np.median(values, axis=0) if logarithmic else values.mean(0)
+            (line,) = axis.plot(grid / 1000, middle, **look)
             handles.setdefault(method, line)
             counts.setdefault(method, set()).add(len(lines))
     for row, (_, title, logarithmic) in zip(axes, PANELS):

@@ -28,11 +28,11 @@ from support.names import slug
 STYLES = {
     "blpo": ("#0072B2", "-", "BLPO"),
     "blpo-released": ("#56B4E9", "--", "BLPO, released term"),
-    "blpo-cg": ("#CC79A7", (0, (3, 1, 1, 1)), "BLPO with CG"),
+    "blpo-cg": ("#117755", (0, (3, 1, 1, 1)), "BLPO with CG"),
     "blpo-pcg": ("#888888", (0, (3, 1, 1, 1, 1, 1)), "BLPO with preconditioned CG"),
     "mean-c": ("#E69F00", (0, (3, 1)), "BLPO, mean c"),
     "nested": ("#009E73", ":", "nesting only"),
-    "nested-tuned": ("#117755", "-.", "nesting only, tuned"),
+    "nested-tuned": ("#CC79A7", "-.", "nesting only, tuned"),
     "nested-clip0.5": ("#66C2A4", (0, (1, 1)), "nesting only, clip 0.5"),
     "ppo-tuned": ("#000000", "-.", "PPO, tuned"),
     "ppo-matched": ("#000000", (0, (5, 1)), "PPO, matched"),

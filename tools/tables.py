@@ -189,7 +189,7 @@ def overview(summary) -> str:
     if not rows:
         return ""
     titles = [label(method) for method in methods]
-    return markdown(["environment", *titles, f"BLPO minus {label(ppo)}", "P(BLPO > PPO)"], rows)
+    return markdown(["environment", *titles, f"BLPO minus {label(ppo)}", f"P(BLPO > {label(ppo)})"], rows)
 
 
 def table(summary) -> str:
