@@ -764,7 +764,8 @@ def test_the_size_of_the_implicit_term_is_what_the_page_shows():
         medians.append(middle)
     (least, cosine, turned), (most, largest, straight) = np.min(medians, 0), np.max(medians, 0)
     told = f"is then {least:.1f} to {most:.1f} of that of the direct one, and the cosine between these two is"
-    told += f" {cosine:.2f} to {largest:.2f}, so that their sum has a cosine of {turned:.2f} to {straight:.2f}"
+    told += f" {cosine:.2f} to {largest:.2f}, so that their sum has a cosine of"
+    told += f" {turned:.2f} to {straight:.2f}"
     assert told in " ".join(text.split())
 
 
