@@ -16,7 +16,7 @@
 #                           (METHODS: see method_command)
 #     STEPS                 environment steps of each run
 #                           (1,000,000 with continuous, 500,000 with discrete actions)
-#     JOBS                  processes at once (number of cores)
+#     JOBS                  processes at once (number of cores; with Slurm no limit)
 #     FLAGS                 further flags for every run, "--hidden-size 128" for example: words, or lines
 #     RUNS_DIR              folder of the run folders, one for each choice of STEPS and FLAGS (runs)
 #     RESULTS_DIR           folder of the tables (RUNS_DIR/results)
@@ -49,6 +49,7 @@ words() { # fills the array named $1 from the text $2: lines if there is a line 
 read_settings() { # sets the variables of the first lines, and the arrays envs, seeds, methods and extra_flags
     RUNS_DIR=${RUNS_DIR:-runs}
     PYTHON=${PYTHON:-python}
+    array_limit=${JOBS:+%$JOBS} # of Slurm's array: none where JOBS is not set
     JOBS=${JOBS:-$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)} # nproc takes these for numbers of cores
     LAUNCHER=${LAUNCHER:-local}
     STEPS=${STEPS:-}
@@ -281,13 +282,13 @@ quoted() { # prints $1 in single quotes, which every shell reads: Slurm runs its
     printf "'%s'" "${1//\'/\'\\\'\'}"
 }
 
-submit_to_slurm() { # hands all jobs to Slurm, as one array of which JOBS run at once
+submit_to_slurm() { # hands all jobs to Slurm, as one array, of which JOBS run at once if that is set
     local options id arguments
     words options "${SBATCH-}"
     arguments=(
         --parsable
         --job-name=blpo
-        "--array=0-$((${#job_names[@]} - 1))%$JOBS"
+        "--array=0-$((${#job_names[@]} - 1))$array_limit"
         --ntasks=1
         --cpus-per-task=1
         --export=ALL
@@ -295,7 +296,8 @@ submit_to_slurm() { # hands all jobs to Slurm, as one array of which JOBS run at
     )
     [[ ! ${PARTITION-} ]] || arguments+=("--partition=$PARTITION")
     arguments+=("${options[@]}")
-    arguments+=(--wrap "exec bash $(quoted "$HERE/benchmark.sh") --job \$SLURM_ARRAY_TASK_ID")
+    local run="exec env LAUNCHER=local bash $(quoted "$HERE/benchmark.sh")" # its node may have no sbatch
+    arguments+=(--wrap "$run --job \$SLURM_ARRAY_TASK_ID")
     export ENVS SEEDS METHODS STEPS FLAGS RUNS_DIR PYTHON # those that are not set stay so
     id=$(sbatch "${arguments[@]}")
     plot_command

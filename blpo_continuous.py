@@ -5,9 +5,9 @@ The actor (parameters theta) leads, the critic V (omega) follows. In every epoch
 with advantages A and lambda-returns R:
 
     1. K_omega passes of critic steps on g = mean (R - V)^2, then A from that critic ("nesting")
-    2. v = grad_omega f                     f: the leader's loss, -mean ratio (A + V); A + V is the return
+    2. v = grad_omega f                     f: the leader's loss, -mean ratio (A + V), at ratio = 1
     3. x = (H + rho I)^{-1} v               H = grad^2_omega g, by the Nystrom method (nystrom.py)
-    4. h = grad_theta f - (grad^2_theta,omega g) x        grad_theta f as PPO takes it, and the implicit term
+    4. h = grad_theta f - (grad^2_theta,omega g) x        grad_theta f as in PPO: A normalised, clipped
     5. a pass of actor steps along -h
 
 Steps along gradients are made on minibatches, drawn from all steps of the rollout; 2 and 3 take it whole.
@@ -17,9 +17,8 @@ policy gradient, with w_k = grad V(s_k) . x and c_k = sum_{t <= k, same episode}
 
     (grad^2_theta,omega g) x = -(2/B) sum_k c_k A_k grad_theta log pi(a_k | s_k),    A = R - V_old here,
 
-and costs one product with the actor's Jacobian. tests/test_math.py checks it, with the distribution of
-visited states held fixed. Deliberate deviations from the paper: docs/hypergradient.md.
-`diff ppo_continuous.py blpo_continuous.py` is the method: what it adds is marked `# BLPO:`.
+and costs one product with the actor's Jacobian. tests/test_math.py checks it, with visits held fixed. What
+`diff ppo_continuous.py blpo_continuous.py` adds is marked `# BLPO:`; deviations: docs/hypergradient.md.
 """
 
 import math
@@ -34,8 +33,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from jacobian import Adam, Array, Gaussian, flatten, jacobian_of, on_device
-from nystrom import gauss_newton_products, loss_hessian_products, namespace, norm, solve
+from jacobian import Adam, Array, Gaussian, flatten, jacobian_of, namespace, norm, on_device
+from nystrom import gauss_newton_products, loss_hessian_products, solve  # BLPO:
 from support import evaluation
 from support.acting import numpy_policy
 from support.command import start
@@ -87,8 +86,7 @@ class Args(RunFlags):
     nested_critic_steps: Count = 2
     """passes of critic steps over the rollout before each pass of actor steps (K_omega)"""
     ihvp: Literal["nystrom", "cg", "pcg", "none"] = "nystrom"
-    """solver of (H + rho I) x = v, H the Hessian of the critic's loss; "pcg": CG preconditioned by Nystrom;
-    "none": no hypergradient, the critic only responds first (nesting)"""
+    """solver of (H + rho I) x = v; "pcg": CG preconditioned by Nystrom; "none": nesting, no hypergradient"""
     hypergradient: Literal["exact", "mean-c", "released"] = "exact"
     """"exact": the derivative for fixed visits of states; "released": the term of the authors' code;
     "mean-c": a control, in which the weights that tell steps apart are replaced by their mean"""
@@ -114,7 +112,9 @@ def check_args(args: Args) -> None:
     args.require("total_timesteps", args.total_timesteps >= rollout, f"be a rollout at least, {rollout}")
     divides = rollout % args.num_minibatches == 0
     args.require("num_minibatches", divides, f"divide num_envs * num_steps = {rollout}")
-    args.require("num_steps", rollout * args.num_steps < 2**31, "keep num_envs * num_steps^2 below 2^31")
+    one = args.ihvp != "none" or args.hypergradient == "exact"
+    args.require("hypergradient", one, "be exact with --ihvp none, which has none")
+    args.require("num_steps", rollout * args.num_steps < 2**29, "keep GAE's N x T x T numbers below 2^29")
     enough = rollout >= (2 if args.norm_adv else 1) * args.num_minibatches
     args.require("num_minibatches", enough, "leave two steps to a minibatch, or come with --no-norm-adv")
 
@@ -369,13 +369,13 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     critic = Critic(envs.obs_dim, args.hidden_size, args.device)
     actor_adam = Adam(actor.vector, args.actor_lr, args.max_grad_norm)
     critic_adam = Adam(critic.vector, args.critic_lr, args.max_grad_norm)
-    size = len(critic.vector)  # BLPO:
+    size = len(critic.vector)  # BLPO: known only now
     args.require("nystrom_rank", args.nystrom_rank <= size, f"be at most {size}, the critic's parameters")
 
     # All that the iterations to come depend on: a checkpoint is the state of these
     parts = dict(actor=actor, critic=critic, envs=envs, torch=torch.default_generator)
     parts |= dict(actor_adam=actor_adam, critic_adam=critic_adam)
-    parts["sketch"] = torch.Generator(args.device).manual_seed(args.seed)  # BLPO: disturbs no other
+    parts["sketch"] = torch.Generator(args.device).manual_seed(2**31 + args.seed)  # BLPO: no other's
 
     # A rollout: N environments, T steps
     obs, next_obs = np.zeros((2, N, T, envs.obs_dim), np.float32)

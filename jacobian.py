@@ -25,7 +25,7 @@ from torch.func import functional_call, jvp, vjp
 
 from nystrom import like, namespace, norm
 from support.acting import is_rectified, linear_layers
-from support.run_folder import Stop
+from support.flags import Stop
 
 Array = np.ndarray | torch.Tensor
 
@@ -57,7 +57,7 @@ def flatten(module: nn.Module, device="cpu"):
 def product(a, b):
     """a @ b, of matrices. PyTorch multiplies large ones of NumPy, too, where they lie: its library can be
     several times as fast as NumPy's (docs/preferences.md, "Speed"); with a shorter side it is slower."""
-    if isinstance(a, np.ndarray) and min(*a.shape, *b.shape) >= 128:
+    if isinstance(a, np.ndarray) and a.dtype == b.dtype and min(*a.shape, *b.shape) >= 128:
         return torch.mm(torch.from_numpy(a), torch.from_numpy(b)).numpy()
     return a @ b
 
@@ -308,7 +308,8 @@ class SquashedGaussian:
 
 
 class Adam:
-    """Adam on a flat vector (p,), changed in place, along gradients clipped to max_norm in norm."""
+    """Adam on a flat vector (p,), changed in place, along gradients clipped to max_norm in norm. Betas are
+    0.9 and 0.999, and eps is 1e-5, as in CleanRL's PPO."""
 
     def __init__(self, vector, lr: float, max_norm: float):
         self.vector, self.lr, self.max_norm = vector, lr, max_norm

@@ -15,9 +15,9 @@ so that the gradient of E[l] has two terms, the second one with grad Q and grad 
 (78) keeps of (14) the first step. The baseline b, the mean loss of the other pairs, is not in the paper: it
 changes no expectation where pairs are independent and pi has played them, since that of the sum is 0 then.
 (Pairs of one query may share steps, and where episodes terminate no segment crosses an end.) Of several
-members pi maximises the mean, and f is the sum of their losses: l in the second term is the mean. A loss that
-has one of these as its gradient is linear in r_x and has no minimum; what keeps it in check is `bounded`,
-with a bound.
+members pi maximises the mean, and the leader's loss is the sum of theirs: l in the second term is the mean.
+A loss that has one of these as its gradient is linear in r_x and has no minimum; what keeps it in check is
+`bounded`, with a bound.
 
 The penalty method (PBRL: Shen, Yang & Chen, arXiv:2402.06886) differentiates no policy. The pairs are played
 by a second one, the leader's own, and the leader pays for what that one's return lacks to the follower's:
@@ -229,7 +229,7 @@ def suffix_gradient(reward: Reward, pairs: Pairs, gamma: float, alpha: float, ba
 
 def penalty_gradient(reward: Reward, best, rival, weight: float):
     """The gradient (p,) of weight times the mean of R over the segments `best` minus that over `rival`, each
-    of them steps (n, 2, L, ...), and the difference itself."""
+    of them steps (n, 2, L, ...), summed over the members; and that difference, of the members' mean."""
     xp = namespace(best.obs)
     obs, actions = (xp.stack([getattr(best, name), getattr(rival, name)]) for name in ("obs", "actions"))
     each, rewards = reward.at(obs, actions)  # (members, 2, n, 2, L)
@@ -244,8 +244,9 @@ def bounded(direct, second, bound: float):
     all if bound is 0; dropped if not finite; and metrics."""
     size, second_size = norm(direct), norm(second)
     if not math.isfinite(second_size):
-        return direct, dict(hyper_grad_norm=math.nan, hyper_cosine=math.nan, hyper_bound_active=1.0)
+        unknown = dict.fromkeys(("hyper_grad_norm", "hyper_cosine", "hyper_bound_active"), math.nan)
+        return direct, unknown | {"hyper_dropped": 1.0}
     cosine = float(direct @ second) / max(size * second_size, 1e-30)
     scale = min(1.0, bound * size / max(second_size, 1e-30)) if bound else 1.0
     found = dict(hyper_grad_norm=second_size, hyper_cosine=cosine, hyper_bound_active=float(scale < 1))
-    return direct + scale * second, found
+    return direct + scale * second, found | {"hyper_dropped": 0.0}

@@ -21,8 +21,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from jacobian import Adam, Array, Gaussian, flatten, jacobian_of, on_device
-from nystrom import namespace, norm
+from jacobian import Adam, Array, Gaussian, flatten, jacobian_of, namespace, norm, on_device
 from support import evaluation
 from support.acting import numpy_policy
 from support.command import start
@@ -87,7 +86,7 @@ def check_args(args: Args) -> None:
     args.require("num_minibatches", divides, f"divide num_envs * num_steps = {rollout}")
     crossing = args.trajectory_minibatches and args.num_minibatches % args.num_envs > 0
     args.require("num_minibatches", not crossing, "be a multiple of num_envs with --trajectory-minibatches")
-    args.require("num_steps", rollout * args.num_steps < 2**31, "keep num_envs * num_steps^2 below 2^31")
+    args.require("num_steps", rollout * args.num_steps < 2**29, "keep GAE's N x T x T numbers below 2^29")
     enough = rollout >= (2 if args.norm_adv else 1) * args.num_minibatches
     args.require("num_minibatches", enough, "leave two steps to a minibatch, or come with --no-norm-adv")
 
@@ -333,7 +332,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
 
                     if args.joint_grad_clip:
                         size = math.hypot(norm(actor_grad), norm(critic_grad))
-                        shrink = min(1.0, args.max_grad_norm / (size + 1e-6))
+                        shrink = min(1.0, args.max_grad_norm / (size + 1e-6)) if size < math.inf else 1.0
                         actor_grad, critic_grad = shrink * actor_grad, shrink * critic_grad
                     critic_adam.step(critic_grad)
                     metrics.add(skipped_updates=critic_adam.skipped)

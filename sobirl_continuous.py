@@ -4,10 +4,10 @@ The leader is a reward net r_x(s, a), which is to predict which of two segments 
 cross-entropy of its predictions on pairs of segments that the follower, who maximises r_x, has played:
 
     --method sac      no leader, the environment's reward: what the others could reach at best
-             drlhf    x follows E[grad l] (13), as in Christiano et al. (arXiv:1706.03741)
-             sobirl   and how the segments, which the follower plays, depend on x, in its shortest form (78)
-             hpgd     the same, from discounted sums of rewards along the segments (14)
-             pbrl     and the regret of a second policy, the rival, which plays the pairs in its place
+             drlhf    x follows (13), as if the segments were given: Christiano et al. (arXiv:1706.03741)
+             sobirl   (13) + (78): the follower plays the segments, and depends on x; the first step of it
+             hpgd     (13) + (14): the whole of it, from discounted sums of rewards along the segments
+             pbrl     (13) + a penalty: a second policy, the rival, plays the pairs, and pays for its regret
              random   x stays as it is: what the follower reaches without any preference
 
 Equation numbers are those of Yang, Gao & Yuan (arXiv:2405.19697); leader.py has the formulas.
@@ -65,7 +65,7 @@ from support.run_folder import Metrics, Run, finite, generators
 METRICS = ("alpha", "entropy", "critic_loss", "actor_loss", "q_mean", "skipped_updates")
 PHASES = ("inference", "env", "critic", "actor", "bookkeeping")
 LEADER = ("ce", "ce_grad_norm", "accuracy_train")
-HYPER = ("hyper_grad_norm", "hyper_cosine", "hyper_bound_active", "score_mean")
+HYPER = ("hyper_grad_norm", "hyper_cosine", "hyper_bound_active", "hyper_dropped", "score_mean")
 
 
 @dataclass
@@ -135,7 +135,7 @@ class Args(PreferenceFlags):
     reward_norm: bool = False
     """shift and scale what the follower sees, to mean 0 and deviation 1 over the last steps"""
     hyper_bound: NonNegative = 0.3
-    """sobirl, hpgd: largest norm of the second term, in units of that of drlhf's gradient (0: unbounded)"""
+    """sobirl, hpgd: largest norm of the second term, in units of drlhf's gradient's (0: unbounded)"""
     hyper_pairs: Literal["fresh", "queue"] = "fresh"
     """sobirl, hpgd: pairs in the second term, those of the last query alone or of the whole queue"""
     hyper_batch_size: UpToMillion = 16

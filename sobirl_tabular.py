@@ -37,8 +37,8 @@ import torch
 import torch.nn.functional as F
 
 from support.command import own_process
-from support.flags import Flags, Name, Range, Seed, check_ranges, fail, parse_args, say
-from support.run_folder import Run, Stop, check_runs_dir
+from support.flags import Flags, Name, Range, Seed, Stop, check_ranges, fail, parse_args, say
+from support.run_folder import Run, check_runs_dir
 
 Rounds = Annotated[int, Range(1, 1_000_000, "lie between 1 and 1,000,000")]
 Tolerance = Annotated[float, Range(1e-12, 1, "lie between 1e-12 and 1")]

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from support import games
-from support.flags import FOREIGN, fail, say, script_of, shown
-from support.run_folder import EnvironmentFailed, Run, Stop
+from support.flags import FOREIGN, Stop, fail, say, script_of, shown
+from support.run_folder import EnvironmentFailed, Run
 
 # What seeds are drawn for, beside --seed itself for the environments of training: streams that must not
 # coincide.
@@ -212,7 +212,7 @@ class Step(NamedTuple):
     """What one step of all N environments gave; valid until the next one, because arrays are used again."""
 
     next_obs: np.ndarray  # (N, obs_dim), the true next observation, also where an episode ended
-    rewards: np.ndarray  # (N,), with --norm-reward divided by the running deviation of the discounted return
+    rewards: np.ndarray  # (N,), with --norm-reward in running deviations of the discounted return, to ±10
     terminated: np.ndarray  # (N,), 1. where the episode terminated: no value follows
     done: np.ndarray  # (N,), True where it terminated or was truncated: the next obs begins another episode
 

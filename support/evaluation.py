@@ -14,9 +14,9 @@ import torch
 
 from support.acting import numpy_policy
 from support.environments import EVALUATION, Environments, RunningMeanStd, make_env
-from support.flags import FOREIGN, fail, say, shown
+from support.flags import FOREIGN, Stop, fail, say, shown
 from support.names import slug
-from support.run_folder import EVALUATIONS, MODEL, Run, Stop, misfit
+from support.run_folder import EVALUATIONS, MODEL, Run, misfit
 
 
 class Episodes(NamedTuple):
@@ -41,7 +41,7 @@ def play(actor, normalize, args, videos: Path | None = None) -> Episodes:
         env = gym.wrappers.RecordVideo(env, str(videos), first_three, name_prefix=name, disable_logger=True)
     policy = numpy_policy(actor.net)
     found = Episodes(*(np.zeros(args.eval_episodes, dtype) for dtype in (float, int, bool)))
-    generator = torch.Generator().manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(2**32 + args.seed)  # shared with nothing else in the run
     seeds = np.random.SeedSequence([args.seed, EVALUATION]).generate_state(args.eval_episodes).tolist()
     last_line = time.monotonic()
     with env:  # closed, and the film finished, whatever happens

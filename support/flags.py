@@ -72,7 +72,7 @@ Natural = Annotated[int, Range(0, 2**63 - 1, "be 0 or positive, and below 2^63")
 Few = Annotated[int, Range(1, 100, "lie between 1 and 100")]
 UpToMillion = Annotated[int, Range(1, 1_000_000, "lie between 1 and 1,000,000")]
 UpToBillion = Annotated[int, Range(1, 1_000_000_000, "lie between 1 and 1,000,000,000")]
-Episodes = Annotated[int, Range(0, 10_000, "lie between 0 and 10,000")]
+UpTo10000 = Annotated[int, Range(0, 10_000, "lie between 0 and 10,000")]
 Seed = Annotated[int, Range(0, 2**31 - 1, "lie in [0, 2^31)")]
 UnitStep = Annotated[float, Range(TINY, 1, "lie in (0, 1]")]
 UnitInterval = Annotated[float, Range(0, 1, "lie in [0, 1]")]
@@ -131,7 +131,7 @@ class RunFlags(Flags):
     """run folder to continue from its last checkpoint, with its own flags (--total-timesteps may grow)"""
     evaluate: str = ""
     """run folder, or model.pt of a run, whose policy to evaluate instead of training"""
-    eval_episodes: Episodes = 10
+    eval_episodes: UpTo10000 = 10
     """episodes of an evaluation: at the end, by --evaluate, by --eval-every (0: none)"""
     eval_max_steps: Count = 10_000
     """steps at which an episode of an evaluation is cut, and counted as cut"""
@@ -215,6 +215,14 @@ def fail(message: str, status: int = 2) -> NoReturn:
     raise SystemExit(status)
 
 
+class Stop(Exception):
+    """Ends a run with one line. What it measured is on disk; --resume goes on from its last checkpoint."""
+
+    def __init__(self, message: str, status: int = 1):
+        super().__init__(message)
+        self.status = status
+
+
 def check_ranges(args: Flags) -> None:
     """Refuses a flag outside of the range that its type names; where that allows None, it may be unset."""
     types = get_type_hints(type(args))
@@ -243,6 +251,8 @@ def check_run_flags(args: RunFlags) -> None:
         args.refuse("capture_video", "come with --evaluate RUN")
     if args.eval_episodes == 0 and (args.evaluate or args.eval_every):
         args.refuse("eval_episodes", "be at least 1 to evaluate")
+    if args.anneal_timesteps and not args.anneal_lr:
+        args.refuse("anneal_timesteps", "be 0 with --no-anneal-lr, which leaves nothing to decay")
     if 0 < args.anneal_timesteps < args.total_timesteps:
         args.refuse("total_timesteps", f"be at most --anneal-timesteps {args.anneal_timesteps}, or that be 0")
     if args.cuda and not gpu_is_there():

@@ -5,16 +5,17 @@ people do (Lee et al., "B-Pref", arXiv:2111.03026). Nothing here learns; how wel
 preferences is measured against the environment's reward, without the teacher's errors.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Callable, Literal, NamedTuple
 
 import numpy as np
 import torch
 
-from support.flags import Few, Natural, RunFlags, UnitInterval, UpToMillion, say
+from support.flags import Few, Natural, RunFlags, Stop, UnitInterval, UpToMillion, say
 from support.games import is_game
 from support.replay import Replay
-from support.run_folder import Stop
+
 
 # Streams of random numbers, beside that of networks and actions: what draws from one disturbs no other
 QUERIES, TEACHER, SECOND_TERM = range(3)
@@ -92,9 +93,10 @@ def check_queries(args) -> None:
     args.require("reward_members", several, "be at least 2 with --query disagreement")
     with_action = args.method != "sobirl" or args.reward_input != "state"
     args.require("reward_input", with_action, "be state-action with sobirl, whose second term is 0 otherwise")
-    args.require("label_skip", args.label_skip < 1, "be less than 1: without an answer nothing is learned")
-    for flag in ("label_skip", "label_equal"):
-        share = getattr(args, flag)
+    for flag, pairs in itertools.product(("label_skip", "label_equal"), ("pairs", "initial_pairs")):
+        share, count = getattr(args, flag), getattr(args, pairs)
+        query = f"--{pairs.replace('_', '-')} {count}"
+        args.require(flag, round(share * count) < count, f"leave one of {query}, to learn anything")
         some = share == 0 or round(share * args.pairs) > 0
         args.require(flag, some, f"be 0, or at least one of --pairs {args.pairs}")
 

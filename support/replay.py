@@ -25,8 +25,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from support.flags import fail, say
-from support.run_folder import Run, Stop
+from support.flags import Stop, fail, say
+from support.run_folder import Run
 
 FILE = "replay.bin"
 GIGABYTE = 10**9
@@ -92,7 +92,7 @@ class Replay:
         steps = min(self.args.total_timesteps, self.size)  # with an end of episode now and then
         need = steps * self.row.nbytes
         place = Path(self.args.resume or self.args.runs_dir)
-        there = (place / FILE).stat().st_blocks * 512 if (place / FILE).exists() else 0
+        there = getattr((place / FILE).stat(), "st_blocks", 0) * 512 if (place / FILE).exists() else 0
         free = shutil.disk_usage(place).free + there
         sizes = f"{need / GIGABYTE:.1f} GB for {FILE}, of {free / GIGABYTE:.1f} GB that are free in {place}"
         if need > GIGABYTE:
@@ -140,7 +140,8 @@ class Replay:
         place = (self.written + ahead) % self.size
         self.kinds[place], self.before[place] = kind, self.age + ahead
         with self.run.storing():
-            if os.pwrite(self.file.fileno(), self.row.tobytes(), place * self.row.nbytes) < self.row.nbytes:
+            self.file.seek(place * self.row.nbytes)
+            if self.file.write(self.row.tobytes()) < self.row.nbytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     # Reading

@@ -31,7 +31,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from support.flags import fail, say, script_of, shown
+from support.files import write_whole
+from support.flags import Stop, fail, say, script_of, shown
 from support.names import no_flag, slug
 
 CHECKPOINT = "checkpoint.pt"
@@ -39,14 +40,6 @@ PREVIOUS = "checkpoint.previous.pt"
 MODEL = "model.pt"
 EVALUATIONS = "evaluation.csv"
 LOCK = "run.lock"
-
-
-class Stop(Exception):
-    """Ends a run with one line. What it measured is on disk; --resume goes on from its last checkpoint."""
-
-    def __init__(self, message: str, status: int = 1):
-        super().__init__(message)
-        self.status = status
 
 
 class EnvironmentFailed(Stop):
@@ -130,21 +123,6 @@ def git_commit(args) -> str:
         git = ["git", "-C", script_of(args).resolve().parent, "rev-parse", "HEAD"]
         return subprocess.run(git, capture_output=True, text=True, errors="replace").stdout.strip()
     return ""
-
-
-def write_whole(path: Path, data: bytes | str, previous: Path | None = None) -> None:
-    """Writes a file under another name, to the disk, and renames it: it is whole wherever it is there. What
-    was there before is kept as `previous`, if that is given."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with contextlib.ExitStack() as cleanup:
-        cleanup.callback(temporary.unlink, missing_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data.encode("utf-8") if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous and path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
 
 
 def check_runs_dir(runs_dir: str) -> None:
@@ -365,10 +343,10 @@ class Run:
         known: dict,
         metrics: Metrics,
         evaluated: dict | None = None,
-        shown: str = "KL {approx_kl:.4f}",
+        ending: str = "KL {approx_kl:.4f}",
     ) -> None:
         """A row of progress.csv: what is known, the means of the metrics, this iteration's seconds by phase,
-        and what an evaluation found. `shown` says what of it ends the line for the terminal."""
+        and what an evaluation found. `ending` says what of it ends the line for the terminal."""
         self.note_skipped_updates(metrics)
         wall = self.wall()
         row = {"global_step": step, "wall_seconds": round(wall, 3), "sps": round(step / wall, 1)}
@@ -378,7 +356,7 @@ class Run:
         row |= evaluated or {}
         for phase, spent in self.lap.seconds.items():
             self.seconds[phase] += spent
-        self.log(row, f"SPS {row['sps']:.0f}  return {row['return_100']:.1f}  {shown.format(**row)}")
+        self.log(row, f"SPS {row['sps']:.0f}  return {row['return_100']:.1f}  {ending.format(**row)}")
 
     def note_skipped_updates(self, metrics: Metrics) -> None:
         """Says, once in a run, that training only seems to go on."""
@@ -402,8 +380,9 @@ class Run:
             with self.broadcast():
                 self.wandb.log(row, step=self.step)
         if self.events:
-            for name, value in row.items():
-                self.events.add_scalar(name, value, self.step)
+            with self.storing():
+                for name, value in row.items():
+                    self.events.add_scalar(name, value, self.step)
         if self.bar is not None:
             with contextlib.suppress(OSError):  # the terminal is gone
                 self.bar.set_postfix_str(line, refresh=False)

@@ -235,6 +235,8 @@ def test_bounded():
     for bound in (0.0, 0.3):  # what has overflowed is left out
         total, found = bounded(direct, np.array([math.nan, 1.0]), bound)
         assert (total == direct).all() and math.isnan(found["hyper_grad_norm"])
+        assert math.isnan(found["hyper_bound_active"]) and found["hyper_dropped"] == 1
+    assert bounded(direct, second, 0.3)[1]["hyper_dropped"] == 0
 
 
 @pytest.mark.parametrize("given", [[], ["--reward-members", 2]])

@@ -24,6 +24,8 @@ from tests.test_scripts import DISCRETE, ROOT, SCRIPTS, TINY, load, refused, row
 
 PROBES = "tests.probe_envs:Probe"
 PENDULUM = [*TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 640]
+SAC = ["--env-id", "Pendulum-v1", "--hidden-size", 8, "--batch-size", 8, "--learning-starts", 50]
+SAC += ["--outer-steps", 20, "--total-timesteps", 100, "--eval-episodes", 1]
 
 
 def probe(name, *more):
@@ -204,15 +206,16 @@ def test_where_files_cannot_be_locked_runs_go_on(problem, tmp_path, capsys, monk
     assert err.count("note: files cannot be locked here") == 2 and err.count("\n") == 2
 
 
-def test_nothing_that_only_unix_has_is_needed(tmp_path):
-    """Import, training and resume with fcntl, resource, pwd and grp hidden, as on Windows."""
+@pytest.mark.parametrize("script, given", [("ppo", PENDULUM), ("sobirl", SAC)])
+def test_nothing_that_only_unix_has_is_needed(tmp_path, script, given):
+    """Import, training and resume with fcntl, resource, pwd, grp and os.pwrite hidden, as on Windows."""
     (tmp_path / "sitecustomize.py").write_text(
-        "import sys\nfor name in ('fcntl', 'resource', 'pwd', 'grp', 'termios'):\n"
-        "    sys.modules[name] = None\n"
+        "import os, sys\nfor name in ('fcntl', 'resource', 'pwd', 'grp', 'termios'):\n"
+        "    sys.modules[name] = None\ndel os.pwrite, os.pread\n"
     )
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, f"{ROOT}/ppo_continuous.py"]
-    arguments = [*map(str, PENDULUM), "--runs-dir", tmp_path / "runs"]
+    command = [sys.executable, f"{ROOT}/{script}_continuous.py"]
+    arguments = [*map(str, given), "--runs-dir", tmp_path / "runs"]
     done = subprocess.run([*command, *arguments], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "runs").iterdir()
@@ -254,11 +257,13 @@ def test_wandb_knows_a_renamed_run(tmp_path):
 # Numbers
 
 
-def test_updates_that_are_skipped_are_announced(tmp_path, capsys):
-    train(blpo, tmp_path, *probe("HugeReward", "--no-norm-reward"))
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_updates_that_are_skipped_are_announced(script, tmp_path, capsys):
+    """PPO's joint clip as well: it must not shrink the other network's gradient to 0."""
+    train(script, tmp_path, *probe("HugeReward", "--no-norm-reward"))
     err = capsys.readouterr().err
     assert err.count("of this iteration's updates were skipped") == 1 and "--norm-reward" in err
-    train(blpo, tmp_path, *probe("HugeReward"))
+    train(script, tmp_path, *probe("HugeReward"))
     assert "skipped" not in capsys.readouterr().err
 
 

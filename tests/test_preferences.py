@@ -14,11 +14,11 @@ import torch
 import jacobian
 import sobirl_continuous as sobirl
 from leader import by_step, preference_loss
-from support.flags import parse_args
+from support.flags import Stop, parse_args
 from support.preferences import Preferences, Teacher, accuracy, bayes_ceiling, correlation, generator_of
 from support.preferences import margins_of, ranks
 from support.replay import LAST, Replay
-from support.run_folder import PREVIOUS, Stop
+from support.run_folder import PREVIOUS
 from tests.test_replay import Args, FakeRun, memory, steps
 from tests.test_sac import DURABLE, QUERY, SMALL, contents, flat, interrupted
 from tests.test_scripts import refused, rows, train
@@ -451,7 +451,9 @@ BAD = [
     (["--learning-starts", "0"], "--learning-starts", "multiple"),
     (["--query-steps", "21"], "--query-steps", "--outer-steps"),
     (["--query-steps", "5"], "--query-steps", "more than --segment 5"),
-    (["--label-skip", "1"], "--label-skip", "less than 1"),
+    (["--label-skip", "1"], "--label-skip", "leave one of --pairs 6"),
+    (["--label-skip", "0.95"], "--label-skip", "leave one of --pairs 6"),
+    (["--label-equal", "1"], "--label-equal", "leave one of --pairs 6"),
     (["--label-skip", "0.05"], "--label-skip", "--pairs 6"),
     (["--label-equal", "0.05"], "--label-equal", "--pairs 6"),
     (["--method", "sobirl", "--hyper-start", "396"], "--hyper-start", "at most 395"),

@@ -1,6 +1,7 @@
 """sobirl_continuous.py --method sac: densities and gradients in float64, a whole run against one that is
 written literally, values and policies with known answers, and the script as a user meets it."""
 
+import io
 import math
 import os
 import random
@@ -24,10 +25,10 @@ import torch
 import sobirl_continuous as sac
 import sobirl_discrete
 from jacobian import FusedAdam, SquashedGaussian
-from support import run_folder
-from support.flags import parse_args
+from support import replay, run_folder
+from support.flags import Stop, parse_args
 from support.replay import FILE, Replay
-from support.run_folder import Stop
+
 from tests.probe_envs import OneStep, Wander
 from tests.test_durable import CASES, FLOATS, INTEGERS, TEXT, Killed, only, wait_for
 from tests.test_scripts import ROOT, refused, rows, run, start, train
@@ -676,13 +677,13 @@ def test_a_full_disk(tmp_path, monkeypatch, capsys):
     expected = contents(train(sac, tmp_path / "reference", *DURABLE))
     calls = []
 
-    def full(*inputs):
-        calls.append(None)
-        return 0 if len(calls) > 500 else original(*inputs)
+    class Full(io.FileIO):
+        def write(self, data):
+            calls.append(None)
+            return 0 if len(calls) > 500 else super().write(data)
 
-    original = run_folder.os.pwrite
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(run_folder.os, "pwrite", full)
+        patch.setattr(replay, "open", lambda path, mode, buffering: Full(path, mode), raising=False)
         train(sac, tmp_path / "full", *DURABLE)
     err = capsys.readouterr().err
     assert stop.value.code == 1 and "No space left" in err and "--resume" in err and err.count("\n") == 1

@@ -370,9 +370,10 @@ def test_speed_side_by_side(tmp_path):
     [
         *(
             ["--ihvp", ihvp, "--hypergradient", mode]
-            for ihvp in ("nystrom", "cg", "pcg", "none")
+            for ihvp in ("nystrom", "cg", "pcg")
             for mode in ("exact", "released")
         ),
+        ["--ihvp", "none"],
         ["--hypergradient", "mean-c"],
         *(
             ["--nystrom-sketch", sketch, "--nystrom-rank", "3"]
@@ -533,6 +534,7 @@ BAD = [
     (["--env-id", "tests.probe_envs:ProbeRefuses-v0"], "--env-id", "no licence for this simulator"),
     (["--total-timesteps", "100"], "--total-timesteps", "2048"),
     (["--anneal-timesteps", "100"], "--anneal-timesteps", "--total-timesteps"),
+    (["--anneal-timesteps", "2000000", "--no-anneal-lr"], "--anneal-timesteps", "--no-anneal-lr"),
     (["--num-minibatches", "7"], "--num-minibatches", "divide"),
     (["--num-envs", "0"], "--num-envs", "4,096"),
     (["--num-steps", "-5"], "--num-steps", "at least 1"),
@@ -554,7 +556,7 @@ BAD = [
     (["--exp-name", "x" * 300], "--exp-name", "100"),
     (["--env-id", "tests.probe_envs:ProbeIntegerAction-v0"], "--env-id", "real-valued"),
     (["--env-id", "tests.probe_envs:ProbeNoReset-v0"], "--env-id", "lost the map"),
-    (["--num-steps", "1000000", "--total-timesteps", "9" * 9], "--num-steps", "2^31"),
+    (["--num-steps", "1000000", "--total-timesteps", "9" * 9], "--num-steps", "2^29"),
     (["--num-envs", "2", "--num-steps", "1", "--num-minibatches", "2"], "--num-minibatches", "two steps"),
     (["--runs-dir", "/dev/null/runs"], "--runs-dir", "another folder"),
 ]

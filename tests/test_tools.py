@@ -382,7 +382,9 @@ def test_areas_and_steps_by_hand():
     assert learning.area(rising, 400) == pytest.approx((200 * 2 + 200 * 4) / 400, rel=2e-3)
     assert learning.area(rising, 200) == 2.0 and math.isnan(learning.area(rising, 100))
     assert math.isnan(learning.area(curve([1, 2], [math.nan] * 2), 800))
-    assert math.isnan(learning.area(rising, 430)) and learning.area(rising, 420) > 0  # all but a rollout
+    assert math.isnan(learning.area(rising, 600)) and learning.area(rising, 599) > 0  # all but a rollout
+    short = curve([2048 * i for i in range(1, 10)], range(9))  # of --total-timesteps 20000: nine rollouts
+    assert learning.area(short, 20_000) > 0 and math.isnan(learning.area(short, 20_480))
     assert learning.steps_to(rising, 5.0) == 350 and learning.steps_to(rising, 1.0) == 200
     assert learning.steps_to(rising, 6.1) == math.inf
     assert learning.steps_to(curve([10, 20, 30], [0, 4, 1]), 2) == 15  # the first time

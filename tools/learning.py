@@ -46,9 +46,10 @@ MEASURES = {
 
 def area(curve: dict, until: int) -> float:
     """Mean of return_100 over the steps from 0 to `until`; NaN where no episode ended by then, or the run is
-    too short by more than the rounding to whole rollouts."""
+    too short by more than the rounding to whole rollouts, a row of the curve."""
     finite = np.isfinite(curve["return_100"])
-    if not finite.any() or curve["global_step"][finite][0] > until or curve["global_step"][-1] < 0.95 * until:
+    row = np.diff(curve["global_step"], prepend=0).max()
+    if not finite.any() or curve["global_step"][finite][0] > until or curve["global_step"][-1] + row <= until:
         return np.nan
     steps = np.linspace(0, until, POINTS + 1)[1:]
     return float(np.interp(steps, curve["global_step"][finite], curve["return_100"][finite]).mean())

@@ -20,6 +20,7 @@ from pathlib import Path
 if not __package__:  # run as a file, for which Python looks in tools/, but not in the folder that holds it
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from support.files import write_whole
 from support.flags import fail, parse_args
 from tools import figures, learning, preferences, results, tables, tabular
 
@@ -121,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     if parts:
         text = "\n\n".join(parts)
         print(text)
-        results.write_whole(results_dir / "tables.md", text + "\n")
+        write_whole(results_dir / "tables.md", text + "\n")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,12 @@ of strings.
 import csv
 import io
 import json
-import os
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
+from support.files import write_whole
 from support.flags import fail
 from support.names import slug
 
@@ -92,10 +91,18 @@ PRIVATE_FLAGS = (
     "capture_video",
     "track",
     "tensorboard",
+    "keep_replay",
 )
 
 # Flags that older runs do not have, with the values at which they would have made no difference.
-LATER_FLAGS = {"anneal_timesteps": 0}
+LATER_FLAGS = {
+    "anneal_timesteps": 0,
+    "env_kwargs": "{}",
+    "eval_max_steps": 10_000,
+    "eval_stochastic": False,
+    "hidden_size": 64,
+    "rescale_actions": "auto",
+}
 
 
 def style(method: str):
@@ -136,13 +143,6 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_whole(path, text.getvalue())
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file under another name and renames it: nobody reads half of it, and nothing is lost."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8", newline="")
-    os.replace(temporary, path)
 
 
 def curve_path(results_dir: Path, row: dict) -> Path:
