@@ -320,7 +320,7 @@ def solve_ihvp(H, v, args: Args, generator):
 
 def implicit_weights(J, x, advantages, batch: Batch, transitions: Transitions, args: Args):
     """The a_k (B,) of the implicit term -grad_theta mean_k ratio_k a_k, by the change J x of V along x.
-    exact: a = -2 c A, with the A of the targets R, makes it minus the cross term.
+    exact: a = -2 c A, with the A of the targets R (batch.advantages), makes it minus the cross term.
     mean-c: the same with the mean of all c in place of each.
     released: the authors subtract d/d eps grad_theta L2(theta, omega + eps x), L2 the sum over a trajectory
     of -2 min(ratio A, clip(ratio) A) e, with e = R - V: a = 2 T (A w - dA e), dA the change of A along x."""

@@ -2,11 +2,11 @@
 
 Schulman et al., "Proximal Policy Optimization Algorithms" (arXiv:1707.06347), with the details and default
 flags of CleanRL's ppo.py: normalised advantages, orthogonal initialisation, annealing,
-clipped value loss, joint gradient clipping. Deliberate deviations: the last state before a time limit
+clipped value loss, joint gradient clipping. Deliberate deviations: the observation at a time limit
 bootstraps; running statistics are shared by all environments, without the last observations of episodes;
-actor and critic have an optimizer each (the same update, since Adam is separable).
+actor and critic have an optimizer each (the same update, since Adam is separable); there is no target KL.
 
-`diff ppo_discrete.py blpo_discrete.py` is the method; the flags of a PPO to match: docs/benchmark.md.
+`diff ppo_discrete.py blpo_discrete.py` is the method; flags of a PPO that matches it: docs/benchmark.md.
 """
 
 import math
