@@ -41,8 +41,9 @@ def play(actor, normalize, args, videos: Path | None = None) -> Episodes:
         env = gym.wrappers.RecordVideo(env, str(videos), first_three, name_prefix=name, disable_logger=True)
     policy = numpy_policy(actor.net)
     found = Episodes(*(np.zeros(args.eval_episodes, dtype) for dtype in (float, int, bool)))
-    generator = torch.Generator().manual_seed(2**32 + args.seed)  # shared with nothing else in the run
-    seeds = np.random.SeedSequence([args.seed, EVALUATION]).generate_state(args.eval_episodes).tolist()
+    sequence = np.random.SeedSequence([args.seed, EVALUATION])
+    *seeds, of_noise = sequence.generate_state(args.eval_episodes + 1).tolist()
+    generator = torch.Generator().manual_seed(of_noise)
     last_line = time.monotonic()
     with env:  # closed, and the film finished, whatever happens
         for episode, seed in enumerate(seeds):
