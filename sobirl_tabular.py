@@ -121,6 +121,8 @@ def check_args(args: Args) -> None:
     args.require("samples", not alone, others)
     sampled = args.samples != 0 or args.method != "stoc-sobirl"
     args.require("samples", sampled, "be at least 1 with stoc-sobirl, which is about samples")
+    takes = not args.samples or args.method in ("sobirl", "stoc-sobirl", "hpgd")
+    args.require("samples", takes, f"be left out: {args.method} takes expectations")
     check_runs_dir(args.runs_dir)
 
 

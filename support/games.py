@@ -39,8 +39,9 @@ def hint(name: str) -> str:
 
 
 def check_packages(env_id: str) -> None:
-    """Refuses a game whose package is not installed."""
-    package = package_of(env_id)
+    """Refuses a game whose package is not installed. What a module registers, which is named before a colon,
+    is its own affair."""
+    package = None if ":" in env_id else package_of(env_id)
     packages = {"ale_py": ("ale_py", "cv2")}.get(package, (package,))
     if package and not all(map(importlib.util.find_spec, packages)):
         fail(f"--env-id {env_id} needs a package more: pip install -r requirements-games.txt")

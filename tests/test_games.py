@@ -358,9 +358,14 @@ def test_games_need_their_packages(name, tmp_path, capsys, monkeypatch):
     err = refused(sobirl, capsys, "--env-id", name, "--runs-dir", tmp_path)
     assert err.startswith(f"error: --env-id {name} ") and "pip install -r requirements-games.txt" in err
     monkeypatch.undo()
-    folder = train(sobirl, tmp_path, *SMALL, "--env-id", "tests.probe_envs:ProbePole-v0")
+    folder = train(sobirl, tmp_path, *SMALL, "--env-id", "CartPole-v1")
     monkeypatch.setattr(games, "package_of", lambda name: "no_such_package")
     assert "pip install -r requirements-games.txt" in refused(sobirl, capsys, "--evaluate", folder)
+
+
+def test_what_a_module_registers_needs_no_package_of_ours(monkeypatch):
+    monkeypatch.setattr(games, "package_of", lambda name: "no_such_package")
+    games.check_packages("tests.probe_envs:ProbeFrozenDeterministic-v1")
 
 
 def test_which_names_are_games():

@@ -12,7 +12,8 @@ import torch
 
 import blpo_continuous
 from nystrom import cg_ihvp
-from tools import figures, gate
+from support.flags import parse_args
+from tools import figures, gate, solvers
 from tools.gate import VARIANTS, WINDOWS, Moment, age_in_window, cosine, explained, hypergradient, solved
 
 ROOT = Path(__file__).parent.parent
@@ -264,6 +265,23 @@ def test_bad_runs_are_refused(run, tmp_path):
     assert f"{short} has no {WINDOWS} iterations after its last checkpoint but one" in answer(short)
 
 
+@pytest.mark.parametrize("tool", [gate, solvers])
+def test_nothing_is_written_of_no_runs(tool, tmp_path, monkeypatch, refused):
+    """Results that are there stay; a folder that is no run, or has a damaged config.json, is refused."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / f"{tool.__name__[6:]}.csv").write_text("kept\n")
+    call = tool.main if tool is gate else lambda words: solvers.main(parse_args(solvers.Args, "", words))
+    with refused("name the folder of at least one run"):
+        call([])
+    (tmp_path / "run").mkdir()
+    for text in ("", "[]", '{"script": "blpo_continuous.py"}'):
+        (tmp_path / "run" / "config.json").write_text(text)
+        with refused("run: not a run of"):
+            call(["run"])
+    assert [path.read_text() for path in (tmp_path / "results").iterdir()] == ["kept\n"]
+
+
 def test_the_published_table_and_its_figure_are_those_of_the_results():
     rows, weights = rows_of(ROOT / "results" / "gate.csv"), rows_of(ROOT / "results" / "gate_weights.csv")
     table, scale = gate.table(rows).split("\n\n")
@@ -288,3 +306,6 @@ def test_the_published_table_and_its_figure_are_those_of_the_results():
     first = next(line for line in right.lines if len(line.get_xdata()) == len(VARIANTS))
     run = [row for row in rows if (row["env_id"], row["steps"]) == (rows[0]["env_id"], rows[0]["steps"])]
     assert list(first.get_xdata()) == [float(row["signal"]) for row in run]
+    bars = right.containers[0].lines[2][0].get_segments()
+    wide = [1.96 * float(row["signal_error"]) for row in run]
+    assert np.allclose([(bar[1][0] - bar[0][0]) / 2 for bar in bars], wide)

@@ -616,6 +616,7 @@ def test_track(tmp_path):
         (["--samples", "1", "--method", "sobirl"], "--samples", "--no-baseline"),
         (["--samples", "0", "--method", "stoc-sobirl"], "--samples", "at least 1"),
         (["--samples", "100000", "--rollout", "10000", "--method", "hpgd"], "--samples", "--rollout"),
+        (["--samples", "64", "--method", "exact"], "--samples", "exact takes expectations"),
         (["--rollout", "0"], "--rollout", "between 1"),
         (["--momentum", "-1"], "--momentum", "1,000,000"),
         (["--w-steps", "0"], "--w-steps", "between 1"),

@@ -127,6 +127,27 @@ def test_what_runs_have_achieved(tmp_path, capsys, refused):
     assert phi.share_of_best(problem, phi.true_return(problem, phi.follower(problem, problem.true))) == 1
     with refused("error: --csv ", "none.csv is not there"):
         phi.main(["table", "--csv", str(tmp_path / "none.csv")])
+    with refused("--problems"):
+        phi.main(["tables", "--tables-csv", str(tmp_path / "tables.csv"), "--problems"])
+    with refused("--csv ", "it is a folder"):
+        phi.main(["collect", *command[:2], "--csv", str(tmp_path)])
+    (tmp_path / "no runs").mkdir()
+    with refused("has no finished run"):
+        phi.main(["collect", "--runs-dir", str(tmp_path / "no runs"), "--csv", str(tmp_path / "new.csv")])
+
+
+def test_problems_of_phi_are_in_their_rows():
+    """Each at the height of its number; a method is in the legend once, also one without a style."""
+    flat = [("2", "mine", 0.3), ("2", "drlhf", 0.4), ("19", "mine", 0.5)]
+    rows = [{"problem": p, "method": m, "phi": str(x), "true_return": "1"} for p, m, x in flat]
+    figure = phi.draw(rows)
+    left = figure.axes[0]
+    heights = {tick.get_text(): y for y, tick in zip(left.get_yticks(), left.get_yticklabels())}
+    means = [line for line in left.lines if line.get_marker() == "o"]
+    found = {float(line.get_xdata()[0]): round(float(line.get_ydata()[0])) for line in means}
+    assert found == {x: heights[problem] for problem, _, x in flat}
+    assert sorted(text.get_text() for text in figure.legends[0].get_texts()) == ["DRLHF", "mine"]
+    assert len({line.get_color() for line in means}) == 2
 
 
 def test_what_tables_reach(capsys, tmp_path):

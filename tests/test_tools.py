@@ -191,10 +191,11 @@ def test_export_adds_replaces_and_refuses_what_does_not_fit(tmp_path, capsys, re
 
 def test_damaged_or_missing_folders_are_one_line(tmp_path, refused):
     (tmp_path / "runs" / "broken").mkdir(parents=True)
-    (tmp_path / "runs" / "broken" / "config.json").write_text('{"script": ')
-    for export, where in itertools.product((results.export, tabular.export), ("runs", "nowhere")):
-        with refused(where):
-            export(tmp_path / where, tmp_path / "results")
+    for text in ('{"script": ', "[]"):
+        (tmp_path / "runs" / "broken" / "config.json").write_text(text)
+        for export, where in itertools.product((results.export, tabular.export), ("runs", "nowhere")):
+            with refused(where):
+                export(tmp_path / where, tmp_path / "results")
     assert not (tmp_path / "results").exists()
 
 
@@ -1198,6 +1199,44 @@ def tabular_rows(**columns):
     return [base | dict(zip(columns, values)) for values in zip(*columns.values(), strict=True)]
 
 
+def test_tabular_runs_replace_their_like_and_do_not_mix(tmp_path, refused):
+    """The younger of two runs with one name stays; runs of one name have one set of flags."""
+    write_tabular_run(tmp_path / "old", "synthetic", "exact", 1, norms=[1.0])
+    tabular.export(tmp_path / "old", tmp_path / "results")
+    folder = write_tabular_run(tmp_path / "new", "synthetic", "exact", 1, norms=[0.5, 0.2])
+    tabular.export(tmp_path / "new", tmp_path / "results")
+    (row,) = read(tmp_path / "results" / "tabular_summary.csv")
+    assert float(row["gradient_norm"]) == 0.2 and len(read(tmp_path / "results" / "tabular.csv")) == 2
+    config = json.loads((folder / "config.json").read_text())
+    config["flags"] |= {"seed": 2, "beta": 0.7}
+    (folder / "config.json").write_text(json.dumps(config))
+    with refused("other flags", "--beta 0.7, not 0.5"):
+        tabular.export(tmp_path / "new", tmp_path / "results")
+    config["flags"]["beta"] = 0.5
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "progress.csv").write_text((folder / "progress.csv").read_text().splitlines()[0] + "\n")
+    with refused("progress.csv is damaged"):
+        tabular.export(tmp_path / "new", tmp_path / "results")
+
+
+@pytest.mark.parametrize(
+    "files, word",
+    [
+        ({"speed.csv": "name,sps,env_ms\n"}, "speed.csv"),
+        ({"speed.csv": "name,sps,env_ms\na,0,1\n"}, "ZeroDivisionError"),
+        ({"gate.csv": "env_id,steps\n", "gate_weights.csv": "env_id\n"}, "gate.csv or gate_weights.csv"),
+        ({"gate.csv": "env_id,steps\n"}, "no results"),
+        ({"tabular_summary.csv": "problem,exp_name,seed\n"}, "no results"),
+        ({"summary.csv": "env_id,exp_name,seed,return_100,flags\n"}, "no results in"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_line(tmp_path, refused, files, word):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with refused(word):
+        plot.main(["--results-dir", str(tmp_path), "--figures-dir", str(tmp_path / "figures")])
+
+
 def test_tabular_table():
     rows = tabular_rows(
         seed=["1", "2", "3", "688"],
@@ -1452,6 +1491,8 @@ def test_a_film_is_cut_from_a_video(video, tmp_path):
         (["--begin", "2.5"], "--begin 2.5 is not before the end"),
         (["--fps", "0"], "--fps must be"),
         (["--seconds", "-1"], "--seconds must be"),
+        (["--begin", "inf"], "--begin must be"),
+        (["--fps", "51"], "--fps must be"),
     ],
 )
 def test_a_film_that_cannot_be_cut(video, tmp_path, refused, flags, line):

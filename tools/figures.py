@@ -134,9 +134,10 @@ def draw_curves(curves, *, x: str, y: str, xlabel: str, ylabel: str, scale: floa
             for run_x, run_y in runs:
                 (line,) = axis.plot(run_x / scale, run_y, color=colour, linewidth=0.6, alpha=0.35)
             grid, values = on_common_grid(runs)
-            if len(runs) > 1:
+            if grid[0] < grid[-1]:
                 means.append((grid / scale, values.mean(0)))
-                (line,) = axis.plot(*means[-1], color=colour, linestyle=line_style, linewidth=2)
+                if len(runs) > 1:
+                    (line,) = axis.plot(*means[-1], color=colour, linestyle=line_style, linewidth=2)
             handles.setdefault(method, line)
             counts[method].add(len(runs))
         axis.margins(x=0)
@@ -275,9 +276,9 @@ def draw_aggregate(compared) -> Figure:
             for axis, value in ((left, comparison.chance), (right, comparison.difference)):
                 if value is None:
                     continue
-                colour = style(method)[0]
-                (line,) = axis.plot([value.low, value.high], [y, y], color=colour, linewidth=1.5)
-                axis.plot(value.value, y, marker, color=line.get_color(), markersize=5)
+                colour = style(method)[0] or f"C{methods.index(method)}"
+                axis.plot([value.low, value.high], [y, y], color=colour, linewidth=1.5)
+                axis.plot(value.value, y, marker, color=colour, markersize=5)
         handles[MEASURES[name]] = Line2D([], [], color="grey", marker=marker, linewidth=1.5)
     left.set(yticks=range(len(methods)), ylim=(-0.6, len(methods) - 0.4), xlim=(0, 1))
     left.set_yticklabels([f"{label(method)} ({max(tasks[method])} tasks)" for method in methods[::-1]])

@@ -4,6 +4,7 @@
     python tools/film.py RUN/videos/NAME.mp4 figures/walker.gif
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,11 +36,11 @@ class Args:
     """frames a second"""
 
 
-def frames(args: Args) -> list[Image.Image]:
-    """Frames of the film, of the same 64 colours."""
+def frames(args: Args, step: float) -> list[Image.Image]:
+    """Frames of the film, one every `step` seconds, of the same 64 colours."""
     with VideoFileClip(args.video, audio=False) as video:
         end = min(args.begin + args.seconds, video.duration)
-        times = np.arange(args.begin, end, 1 / args.fps)
+        times = np.arange(args.begin, end, step)
         pictures = [Image.fromarray(video.get_frame(time)) for time in times]
     if not pictures:
         fail(f"--begin {args.begin:g} is not before the end of {args.video}, {video.duration:g} s")
@@ -55,13 +56,16 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("seconds", "width", "fps"):
         if not getattr(args, name) > 0:
             fail(f"--{name} must be above 0, got {getattr(args, name):g}")
-    if not args.begin >= 0:
-        fail(f"--begin must be at least 0, got {args.begin:g}")
+    if not 0 <= args.begin < math.inf:
+        fail(f"--begin must be at least 0 and finite, got {args.begin:g}")
+    if args.fps > 50:
+        fail(f"--fps must be at most 50, which is as fast as films are shown, got {args.fps}")
     if not Path(args.video).is_file():
         fail(f"{args.video} is no file")
+    delay = 10 * round(100 / args.fps)  # milliseconds: a GIF counts in hundredths of a second
     try:
-        first, *others = frames(args)
-        first.save(args.gif, "GIF", save_all=True, append_images=others, duration=1000 // args.fps, loop=0)
+        first, *others = frames(args, delay / 1000)
+        first.save(args.gif, "GIF", save_all=True, append_images=others, duration=delay, loop=0)
     except OSError as problem:  # of moviepy, whose messages have many lines, or of the disk
         fail(f"{args.video} cannot be made into {args.gif}: {shown(problem)[:80]}")
 

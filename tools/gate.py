@@ -39,6 +39,7 @@ import torch
 import tyro
 
 import blpo_continuous as script
+from support.files import check_can_be_written
 from support.flags import fail, parse_args
 from tools.results import write_csv
 from tools.solvers import Enough, in_precision, misfit, watch
@@ -290,6 +291,9 @@ class Args:
 def main(argv: list[str] | None = None) -> None:
     """Writes both files and prints the table."""
     args = parse_args(Args, __doc__, argv)
+    if not args.runs:
+        fail("name the folder of at least one run")
+    check_can_be_written("results-dir", args.results_dir / "gate.csv")
     if bad := [str(run) for run in args.runs if misfit(run, ["blpo_continuous.py"])]:
         names = ", ".join(bad)
         fail(f"{names}: not a run of blpo_continuous.py with two checkpoints and a solver")
@@ -309,7 +313,6 @@ def main(argv: list[str] | None = None) -> None:
             if variant == "default":
                 pairs = zip(age_in_window(taken[0].done[-1]), 1 - 2 * terms[0].c)
                 weights += [name | {"age": age, "factor": f"{factor:.4g}"} for age, factor in pairs]
-    args.results_dir.mkdir(parents=True, exist_ok=True)
     write_csv(args.results_dir / "gate.csv", found)
     write_csv(args.results_dir / "gate_weights.csv", weights)
     print(table(found))

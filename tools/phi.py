@@ -28,6 +28,7 @@ if not __package__:  # run as a file
 import sobirl_discrete
 import sobirl_tabular as tabular
 from leader import ChoiceReward
+from support.files import check_can_be_written
 from support.flags import fail, parse_args
 from tools import figures, results
 from tools.results import method_order, style
@@ -84,8 +85,7 @@ def learned(folder: Path, flags: dict, problem: tabular.Problem):
     S, A = problem.P.shape[:2]
     saved = torch.load(folder / "model.pt", weights_only=True)
     names = ("reward_hidden_size", "reward_output", "reward_members", "reward_input")
-    given = [word for name in names for word in (f"--{name.replace('_', '-')}", str(flags[name]))]
-    args = parse_args(sobirl_discrete.Args, "", given)
+    args = sobirl_discrete.Args(**{name: flags[name] for name in names})
     reward = ChoiceReward(S, A, args, sobirl_discrete.reward_network)
     reward.load_state_dict(saved["reward"])
     actor = sobirl_discrete.Actor(S, A, flags["hidden_size"])
@@ -100,13 +100,16 @@ def collect(args: Args) -> None:
     known = results.read_csv(args.csv) if args.csv.exists() else []
     rows = {(row["problem"], row["method"], row["seed"]): row for row in known}
     for folder, config in results.run_folders(args.runs_dir):
-        flags = config["flags"]
-        if flags.get("env_id") != ENVIRONMENT or not results.is_finished(folder, proof="evaluation.csv"):
+        flags = config.get("flags", {})
+        learns = config.get("script") == "sobirl_discrete.py" and flags["method"] != "sac"
+        if not learns or flags["env_id"] != ENVIRONMENT:
+            continue
+        if not results.is_finished(folder, proof="evaluation.csv"):
             continue
         number = json.loads(flags["env_kwargs"]).get("problem", 688)
         problem = tabular.preference(number)
-        follower = (problem.tau, problem.gamma)
-        if flags["autotune"] or flags["reward_norm"] or (flags["alpha"], flags["gamma"]) != follower:
+        own = (problem.tau, problem.gamma)
+        if flags["autotune"] or flags["reward_norm"] or (flags["alpha"], flags["gamma"]) != own:
             wanted = f"--no-autotune --no-reward-norm --alpha {problem.tau} --gamma {problem.gamma}"
             fail(f"{folder.name} has another follower than the problem: run it with {wanted}")
         try:
@@ -123,6 +126,8 @@ def collect(args: Args) -> None:
         if changed := results.changed_flags(row, same):
             fail(f"{folder.name} has other flags than the runs of {method}: {', '.join(changed)}")
         rows[name] = row
+    if not rows:
+        fail(f"--runs-dir {args.runs_dir} has no finished run that learned a reward on {ENVIRONMENT}")
     order = sorted(rows, key=lambda name: (int(name[0]), name[1], int(name[2])))
     results.write_csv(args.csv, [rows[name] for name in order])
 
@@ -178,9 +183,11 @@ def draw(rows: list[dict]) -> Figure:
     methods = sorted({row["method"] for row in rows}, key=method_order)
     figure = Figure(figsize=(9, 0.36 * len(numbers) + 1.3))
     axes = figure.subplots(1, 2, sharey=True)
-    for method in methods:
+    for index, method in enumerate(methods):
         colour, _, name = style(method)
-        shift = 0.22 * (methods.index(method) - (len(methods) - 1) / 2)
+        colour = colour or f"C{index}"
+        label = name
+        shift = 0.22 * (index - (len(methods) - 1) / 2)
         for y, number in enumerate(reversed(numbers)):
             problem = tabular.preference(number)
             runs = [row for row in rows if (int(row["problem"]), row["method"]) == (number, method)]
@@ -190,8 +197,8 @@ def draw(rows: list[dict]) -> Figure:
             returns = share_of_best(problem, np.array([float(row["true_return"]) for row in runs]))
             for axis, values in zip(axes, (phis, returns)):
                 axis.plot(values, [y + shift] * len(values), ".", color=colour, markersize=3, alpha=0.6)
-                label = name if y == 0 and axis is axes[0] else None
                 axis.plot(np.mean(values), y + shift, "o", color=colour, markersize=5, label=label)
+                label = None
     axes[0].set(yticks=range(len(numbers)), xlabel="the leader's loss φ", ylabel="preference problem")
     axes[0].set_yticklabels(reversed(numbers))
     axes[1].set_xlabel("true return (0: random policy, 1: follower of the true reward)")
@@ -229,9 +236,14 @@ def table_of_tables(rows: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(Args, __doc__, argv)
+    to_write = {"collect": ("csv", args.csv), "tables": ("tables-csv", args.tables_csv)}
+    if args.action in to_write:
+        check_can_be_written(*to_write[args.action])
     if args.action == "collect":
         collect(args)
     elif args.action == "tables":
+        if not args.problems:
+            fail("--problems must name at least one")
         rows = [row for number in args.problems for row in without_networks(number)]
         results.write_csv(args.tables_csv, rows)
         print(table_of_tables(rows))

@@ -1,8 +1,7 @@
 """From run folders to results: per-seed curves as small CSV files, Markdown tables, figures (png and pdf).
 
     python tools/plot.py --runs-dir runs          # finished runs -> results/ -> tables and figures
-    python tools/plot.py                          # results/ -> tables and figures
-    python tools/plot.py --apart preference:688   # the same with a row for that instance, as published
+    python tools/plot.py --apart preference:688   # results/ -> tables and figures, as they are published
 
 The tables are printed and written to results/tables.md. results/speed.csv (by speed.py --csv),
 results/solvers.csv (by solvers.py) and results/gate.csv (by gate.py) are drawn if they are there, with runs
@@ -15,7 +14,6 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-
 
 if not __package__:  # run as a file, for which Python looks in tools/, but not in the folder that holds it
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -60,6 +58,8 @@ def deep_runs(results_dir: Path, figures_dir: Path) -> str:
     summary, curves = results.load_results(results_dir)
     if silent := results.without_episodes(summary):
         print(f"no episode was finished, left out: {', '.join(silent)}")
+    if not summary:
+        fail(f"no results in {results_dir / 'summary.csv'}: add finished runs by --runs-dir")
     if {row["exp_name"] for row in summary} <= set(results.LEADERS):
         figures.save(preferences.draw(curves), figures_dir, "preferences")
         finals = results.grouped(summary)
@@ -87,8 +87,9 @@ def tabular_runs(results_dir: Path, figures_dir: Path, apart: tuple[str, str] | 
 
 
 def measurements(results_dir: Path) -> list[str]:
-    """The names in MEASUREMENTS whose first file is there."""
-    return [name for name, (_, files) in MEASUREMENTS.items() if (results_dir / files[0]).exists()]
+    """The names in MEASUREMENTS whose files are there."""
+    there = lambda files: all((results_dir / file).exists() for file in files)
+    return [name for name, (_, files) in MEASUREMENTS.items() if there(files)]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -101,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         results.export(Path(args.runs_dir), results_dir)
         tabular.export(Path(args.runs_dir), results_dir)
     has_deep = (results_dir / "summary.csv").exists()
-    has_tabular = (results_dir / "tabular_summary.csv").exists()
+    has_tabular = all((results_dir / name).exists() for name in ("tabular_summary.csv", "tabular.csv"))
     measured = measurements(results_dir)
     if not has_deep and not has_tabular and not measured:
         fail(f"no results in {results_dir}: name a folder with finished runs by --runs-dir")
@@ -112,8 +113,14 @@ def main(argv: list[str] | None = None) -> None:
 
     for name in measured:
         draw, files = MEASUREMENTS[name]
-        tables_of_files = [results.read_csv(results_dir / file) for file in files]
-        figures.save(draw(*tables_of_files), figures_dir, name)
+        read = [results.read_csv(results_dir / file) for file in files]
+        try:
+            if not all(read):
+                raise ValueError("it has no rows")
+            figure = draw(*read)
+        except (ValueError, KeyError, TypeError, IndexError, ZeroDivisionError) as problem:
+            fail(f"{' or '.join(files)} in {results_dir} is damaged ({type(problem).__name__}: {problem})")
+        figures.save(figure, figures_dir, name)
     parts = []
     if has_deep:
         parts.append(deep_runs(results_dir, figures_dir))

@@ -136,12 +136,14 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    """Writes rows, of which some may lack columns; the columns are in the order in which they first occur."""
+    """Writes rows, of which some may lack columns; the columns are in the order in which they first occur.
+    Makes the folder."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, text.getvalue())
 
 
@@ -164,9 +166,12 @@ def run_folders(runs_dir: Path) -> list[tuple[Path, dict]]:
     for folder in sorted(path.parent for path in runs_dir.glob("*/config.json")):
         path = folder / "config.json"
         try:
-            found.append((folder, json.loads(path.read_text(encoding="utf-8"))))
+            config = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as problem:
             fail(f"{path} is not JSON: {problem}")
+        if not isinstance(config, dict):
+            fail(f"{path} is not of a run: it has no flags")
+        found.append((folder, config))
     return found
 
 

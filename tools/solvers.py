@@ -32,6 +32,7 @@ import blpo_continuous
 import blpo_discrete
 import nystrom
 from jacobian import flatten, jacobian_of
+from support.files import check_can_be_written
 from support.flags import fail, parse_args
 from tools.results import write_csv
 
@@ -80,7 +81,7 @@ def watch(run: Path, script, **watching) -> None:
     try:
         vars(script).update(watching)
         with tempfile.TemporaryDirectory() as folder:
-            going = shutil.copytree(run, Path(folder) / run.name)
+            going = shutil.copytree(run, Path(folder) / run.resolve().name)
             untold = ["--no-track", "--no-tensorboard"]  # the run's record is not to be written to
             script.main(["--resume", str(going / "checkpoint.previous.pt"), *untold])
     except Enough:
@@ -136,12 +137,14 @@ def system(script, moment: Moment, hessian: str):
 
 
 def misfit(run: Path, scripts=SCRIPTS) -> bool:
-    """Whether run is not one of these scripts, with a solver, that has written two checkpoints."""
-    if not (run / "config.json").exists() or not (run / "checkpoint.previous.pt").exists():
+    """Whether run is not one of these scripts, with a solver, on the CPU, with two checkpoints."""
+    try:
+        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        flags = config["flags"]
+        fits = config["script"] in scripts and flags["ihvp"] != "none" and not flags["cuda"]
+    except (OSError, ValueError, KeyError, TypeError):
         return True
-    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    flags = config["flags"]
-    return config["script"] not in scripts or flags["ihvp"] == "none"
+    return not fits or not (run / "checkpoint.previous.pt").exists()
 
 
 def setup_ms(script, moment: Moment, hessian: str, repeat: int) -> float:
@@ -214,6 +217,11 @@ def cases_of(run: Path, args: Args) -> list[Case]:
 
 
 def main(args: Args) -> None:
+    if not args.runs:
+        fail("name the folder of at least one run")
+    if min(args.systems, args.repeat) < 1:
+        fail("--systems and --repeat must be at least 1")
+    check_can_be_written("csv", args.csv)
     if bad := [str(run) for run in args.runs if misfit(run)]:
         names = ", ".join(bad)
         fail(f"{names}: not a run of BLPO, with a solver, that has written two checkpoints")
@@ -222,7 +230,6 @@ def main(args: Args) -> None:
         for case in cases:
             case.measure()
     rows = [case.row for case in cases]
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
     write_csv(args.csv, rows)
     print(f"{len(rows)} rows in {args.csv}; python tools/plot.py draws them")
 

@@ -30,6 +30,7 @@ import tyro
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from support.files import check_can_be_written
 from support.flags import fail, parse_args
 from tools.results import write_csv  # no more of the tools: a command's memory is at least what is held here
 
@@ -111,6 +112,8 @@ def measure(command: str, steps: int) -> Measured:
     if len(points) < 2:
         fail(f"{command} reported {len(points)} times; raise --steps")
     (first, begin), (last, end) = points[0], points[-1]
+    if last <= first or end <= begin:
+        fail(f"{command} did not say how far it was: it has no progress.csv and prints no global_step=n")
     phases = {}
     for phase in PHASES:
         if rows and f"seconds_{phase}" in rows[0]:
@@ -148,8 +151,8 @@ def show(commands: tuple[str, ...], rows: list[dict]) -> None:
 def main(args: Args) -> None:
     if min(args.turns, args.steps, len(args.commands)) < 1:
         fail("name at least one command, and keep --turns and --steps at 1 or more")
-    if args.csv and not Path(args.csv).resolve().parent.is_dir():
-        fail(f"--csv must lie in a folder that is there, got {args.csv}")
+    if args.csv:
+        check_can_be_written("csv", Path(args.csv))
     turns = []
     for _ in range(args.turns):
         turns.append([measure(command, args.steps) for command in args.commands])

@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from support.flags import fail
 from support.names import slug
-from tools.results import PRIVATE_FLAGS, is_finished, is_tabular, read_csv, run_folders, write_csv
+from tools.results import PRIVATE_FLAGS, changed_flags, is_finished, is_tabular, read_csv, run_folders
+from tools.results import write_csv
 from tools.tables import markdown
 
 # The methods in the order of table and legend: exp_name, colour, line style, label with oracle and published
@@ -101,9 +103,15 @@ def export(runs_dir: Path, results_dir: Path) -> None:
     for folder, config in run_folders(runs_dir):
         if not is_tabular(config) or not is_finished(folder, proof="solution.pt"):
             continue
-        rows = read_csv(folder / "progress.csv")
-        progress = [{column: float(value) for column, value in row.items()} for row in rows]
-        row = summary_row(config, progress)
+        try:
+            rows = read_csv(folder / "progress.csv")
+            progress = [{column: float(value) for column, value in row.items()} for row in rows]
+            row = summary_row(config, progress)
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as problem:
+            fail(f"{folder}: progress.csv is damaged ({type(problem).__name__}: {problem})")
+        same_name = [other for other in summary.values() if run_name(other)[:2] == run_name(row)[:2]]
+        if changed := changed_flags(row, same_name):
+            fail(f"{folder.name} has other flags than the runs of that name: {', '.join(changed)}")
         summary[run_name(row)] = row
         points[run_name(row)] = thinned(row, progress)
 

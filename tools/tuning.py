@@ -28,7 +28,7 @@ if not __package__:  # run as a file
 
 from support.flags import fail, parse_args
 from tools import results
-from tools.learning import budget
+from tools.learning import budget, is_whole
 from tools.tables import markdown
 
 ENVIRONMENTS = ("Walker2d-v4", "Hopper-v4", "HalfCheetah-v4")
@@ -83,7 +83,7 @@ class Args:
     seeds: tuple[int, ...] = (101, 102)
     """runs that count: configurations that lack one of these seeds are left out"""
     steps: int = 300_000
-    """runs that count: their environment steps, of the 1,000,000 over which step sizes anneal"""
+    """runs that count in table and factors: their environment steps, of 1,000,000 to anneal over"""
     endings_dir: Path = Path("results/endings")
     """results of later configurations, whose exp_name is blpo-{number}"""
 
@@ -100,7 +100,7 @@ def means_of(args: Args, later=()) -> dict[tuple[str, int], dict[str, float]]:
     whole = {
         name: {env: float(np.mean(found[env])) for env in ENVIRONMENTS}
         for name, found in returns.items()
-        if all(len(found[env]) == len(args.seeds) for env in ENVIRONMENTS)
+        if all(len(found[env]) == len(set(args.seeds)) for env in ENVIRONMENTS)
     }
     if not whole:
         fail(f"{args.csv} has no configuration with the seeds {args.seeds} in all environments")
@@ -152,9 +152,10 @@ def endings(args: Args) -> str:
     """Markdown: BLPO's configurations with runs of 1,000,000 steps, and those of args.endings_dir, best
     first; their score is among themselves."""
     later = []
-    for row in results.load_results(args.endings_dir)[0]:
+    there = (args.endings_dir / "summary.csv").exists()
+    for row in results.load_results(args.endings_dir)[0] if there else []:
         number = row["exp_name"].removeprefix("blpo-")
-        if number.isdigit():
+        if number.isdigit() and is_whole(row):
             later.append(row | dict(method="blpo", configuration=number, steps=budget(row)))
     whole = means_of(replace(args, steps=1_000_000), later)
     means = {name: found for name, found in whole.items() if name[0] == "blpo"}
