@@ -112,8 +112,8 @@ def check_args(args: Args) -> None:
     args.require("total_timesteps", args.total_timesteps >= rollout, f"be a rollout at least, {rollout}")
     divides = rollout % args.num_minibatches == 0
     args.require("num_minibatches", divides, f"divide num_envs * num_steps = {rollout}")
-    one = args.ihvp != "none" or args.hypergradient == "exact"
-    args.require("hypergradient", one, "be exact with --ihvp none, which has none")
+    meant = args.ihvp != "none" or args.hypergradient == "exact"
+    args.require("hypergradient", meant, "be exact with --ihvp none, which has none")
     args.require("num_steps", rollout * args.num_steps < 2**29, "keep GAE's N x T x T numbers below 2^29")
     enough = rollout >= (2 if args.norm_adv else 1) * args.num_minibatches
     args.require("num_minibatches", enough, "leave two steps to a minibatch, or come with --no-norm-adv")
@@ -375,7 +375,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
     # All that the iterations to come depend on: a checkpoint is the state of these
     parts = dict(actor=actor, critic=critic, envs=envs, torch=torch.default_generator)
     parts |= dict(actor_adam=actor_adam, critic_adam=critic_adam)
-    parts["sketch"] = torch.Generator(args.device).manual_seed(2**31 + args.seed)  # BLPO: no other's
+    parts["sketch"] = torch.Generator(args.device).manual_seed(2**31 + args.seed)  # BLPO: its own stream
 
     # A rollout: N environments, T steps
     obs, next_obs = np.zeros((2, N, T, envs.obs_dim), np.float32)

@@ -244,9 +244,13 @@ def bounded(direct, second, bound: float):
     all if bound is 0; dropped if not finite; and metrics."""
     size, second_size = norm(direct), norm(second)
     if not math.isfinite(second_size):
-        unknown = dict.fromkeys(("hyper_grad_norm", "hyper_cosine", "hyper_bound_active"), math.nan)
-        return direct, unknown | {"hyper_dropped": 1.0}
+        nothing = dict.fromkeys(("hyper_grad_norm", "hyper_cosine", "hyper_bound_active"), math.nan)
+        return direct, {"hyper_dropped": 1.0} | nothing
     cosine = float(direct @ second) / max(size * second_size, 1e-30)
     scale = min(1.0, bound * size / max(second_size, 1e-30)) if bound else 1.0
-    found = dict(hyper_grad_norm=second_size, hyper_cosine=cosine, hyper_bound_active=float(scale < 1))
-    return direct + scale * second, found | {"hyper_dropped": 0.0}
+    return direct + scale * second, {
+        "hyper_dropped": 0.0,
+        "hyper_grad_norm": second_size,
+        "hyper_cosine": cosine,
+        "hyper_bound_active": float(scale < 1),
+    }

@@ -135,7 +135,7 @@ class Args(PreferenceFlags):
     reward_norm: bool = False
     """shift and scale what the follower sees, to mean 0 and deviation 1 over the last steps"""
     hyper_bound: NonNegative = 0.3
-    """sobirl, hpgd: largest norm of the second term, in units of drlhf's gradient's (0: unbounded)"""
+    """sobirl, hpgd: largest norm of the second term, in units of that of drlhf's gradient (0: unbounded)"""
     hyper_pairs: Literal["fresh", "queue"] = "fresh"
     """sobirl, hpgd: pairs in the second term, those of the last query alone or of the whole queue"""
     hyper_batch_size: UpToMillion = 16

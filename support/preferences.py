@@ -16,7 +16,6 @@ from support.flags import Few, Natural, RunFlags, Stop, UnitInterval, UpToMillio
 from support.games import is_game
 from support.replay import Replay
 
-
 # Streams of random numbers, beside that of networks and actions: what draws from one disturbs no other
 QUERIES, TEACHER, SECOND_TERM = range(3)
 AT_ONCE = 50  # pairs whose rewards are predicted at once: images are large

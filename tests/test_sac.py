@@ -28,7 +28,6 @@ from jacobian import FusedAdam, SquashedGaussian
 from support import replay, run_folder
 from support.flags import Stop, parse_args
 from support.replay import FILE, Replay
-
 from tests.probe_envs import OneStep, Wander
 from tests.test_durable import CASES, FLOATS, INTEGERS, TEXT, Killed, only, wait_for
 from tests.test_scripts import ROOT, refused, rows, run, start, train

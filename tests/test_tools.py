@@ -605,7 +605,7 @@ def found():
 
 
 def percents(chance, interval):
-    """0.823 and "0.747 to 0.895" as the README shows them: 82 % (75 to 89 %)."""
+    """0.823 and "0.747 to 0.895" as the README shows them: 82 % (75 to 90 %)."""
     value, low, high = (round(100 * float(share)) for share in (chance, *interval.split(" to ")))
     return f"{value} % ({low} to {high} %)"
 

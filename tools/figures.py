@@ -19,7 +19,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image  # which matplotlib needs, too
 
 from tools.learning import MEASURES
-from tools.results import label, method_order, style
+from tools.results import colours, label, method_order, style
 from tools.tables import half_width
 
 # Shown beside BLPO in a figure of their own:
@@ -118,7 +118,7 @@ def draw_curves(curves, *, x: str, y: str, xlabel: str, ylabel: str, scale: floa
     """A panel per environment of column y against column x / scale: a thin line for every run, a thick one
     for the mean over the seeds of a method, if there are several. Tasks that all methods solve end there."""
     environments = list(dict.fromkeys(env_id for env_id, _ in curves))
-    unstyled = [method for method in dict.fromkeys(name for _, name in curves) if style(method)[0] is None]
+    colour_of = colours(dict.fromkeys(method for _, method in curves))  # the same in all panels
     figure, axes = panels(len(environments))
     handles = {}
     counts = defaultdict(set)
@@ -128,9 +128,7 @@ def draw_curves(curves, *, x: str, y: str, xlabel: str, ylabel: str, scale: floa
             runs = measured(all_runs, x, y)
             if env != env_id or not runs:
                 continue
-            colour, line_style, _ = style(method)
-            if colour is None:  # the same in all panels, also of one that has no style
-                colour = f"C{unstyled.index(method)}"
+            colour, line_style = colour_of[method], style(method)[1]
             for run_x, run_y in runs:
                 (line,) = axis.plot(run_x / scale, run_y, color=colour, linewidth=0.6, alpha=0.35)
             grid, values = on_common_grid(runs)
@@ -161,6 +159,7 @@ def draw_endings(curves) -> Figure:
         lasts[env_id] |= {run["return_100"][-1] for run in runs}
     environments = [env_id for env_id, returns in lasts.items() if len(returns) > 1] or list(lasts)[:1]
     methods = sorted({method for _, method in curves}, key=method_order, reverse=True)
+    colour_of = colours(methods)
     figure = Figure(figsize=(1.5 + 3.2 * len(environments), 0.45 * len(methods) + 1.2))
     axes = figure.subplots(1, len(environments), sharey=True, squeeze=False)[0]
     for axis, env_id in zip(axes, environments):
@@ -168,9 +167,9 @@ def draw_endings(curves) -> Figure:
             returns = np.array([run["return_100"][-1] for run in curves.get((env_id, method), [])])
             if len(returns) == 0:
                 continue
-            (dots,) = axis.plot(returns, np.full(len(returns), y), "o", color=style(method)[0], alpha=0.4)
+            axis.plot(returns, np.full(len(returns), y), "o", color=colour_of[method], alpha=0.4)
             half = half_width(returns) if len(returns) > 1 else 0
-            axis.errorbar(returns.mean(), y, xerr=half, color=dots.get_color(), marker="|", markersize=14)
+            axis.errorbar(returns.mean(), y, xerr=half, color=colour_of[method], marker="|", markersize=14)
         axis.set(title=env_id, yticks=range(len(methods)), ylim=(-0.6, len(methods) - 0.4))
         axis.xaxis.set_major_formatter("{x:,.10g}")
         axis.grid(alpha=0.25)
@@ -264,6 +263,7 @@ def draw_aggregate(compared) -> Figure:
     """
     shown = {name: compared[name] for name in MARKERS if name in compared}
     methods = sorted({method for found in shown.values() for method in found}, key=method_order)
+    colour_of = colours(methods)
     tasks = {m: [found[m].environments for found in shown.values() if m in found] for m in methods}
     figure = Figure(figsize=(9, 0.55 * len(methods) + 1.5))
     left, right = figure.subplots(1, 2, sharey=True)
@@ -276,9 +276,8 @@ def draw_aggregate(compared) -> Figure:
             for axis, value in ((left, comparison.chance), (right, comparison.difference)):
                 if value is None:
                     continue
-                colour = style(method)[0] or f"C{methods.index(method)}"
-                axis.plot([value.low, value.high], [y, y], color=colour, linewidth=1.5)
-                axis.plot(value.value, y, marker, color=colour, markersize=5)
+                axis.plot([value.low, value.high], [y, y], color=colour_of[method], linewidth=1.5)
+                axis.plot(value.value, y, marker, color=colour_of[method], markersize=5)
         handles[MEASURES[name]] = Line2D([], [], color="grey", marker=marker, linewidth=1.5)
     left.set(yticks=range(len(methods)), ylim=(-0.6, len(methods) - 0.4), xlim=(0, 1))
     left.set_yticklabels([f"{label(method)} ({max(tasks[method])} tasks)" for method in methods[::-1]])

@@ -29,9 +29,9 @@ import sobirl_discrete
 import sobirl_tabular as tabular
 from leader import ChoiceReward
 from support.files import check_can_be_written
-from support.flags import fail, parse_args
+from support.flags import fail, parse_args, shown
 from tools import figures, results
-from tools.results import method_order, style
+from tools.results import colours, label, method_order
 from tools.tables import markdown
 
 ENVIRONMENT = "tools.tasks:Preference-v0"
@@ -115,7 +115,7 @@ def collect(args: Args) -> None:
         try:
             found = measure(problem, *learned(folder, flags, problem))
         except (OSError, KeyError, RuntimeError) as damage:
-            fail(f"{folder}: model.pt is damaged ({type(damage).__name__}: {damage})")
+            fail(f"{folder}: model.pt is damaged ({shown(damage)})")
         method = flags["exp_name"].removesuffix(f"-{number}")
         name = (str(number), method, str(flags["seed"]))
         row = dict(zip(("problem", "method", "seed"), name))
@@ -123,8 +123,7 @@ def collect(args: Args) -> None:
         private = (*results.PRIVATE_FLAGS, "env_kwargs")
         row["flags"] = json.dumps({flag: value for flag, value in flags.items() if flag not in private})
         same = [other for other in rows.values() if other["method"] == method]
-        if changed := results.changed_flags(row, same):
-            fail(f"{folder.name} has other flags than the runs of {method}: {', '.join(changed)}")
+        results.refuse_changed_flags(folder, row, same, f"the runs of {method}")
         rows[name] = row
     if not rows:
         fail(f"--runs-dir {args.runs_dir} has no finished run that learned a reward on {ENVIRONMENT}")
@@ -183,10 +182,8 @@ def draw(rows: list[dict]) -> Figure:
     methods = sorted({row["method"] for row in rows}, key=method_order)
     figure = Figure(figsize=(9, 0.36 * len(numbers) + 1.3))
     axes = figure.subplots(1, 2, sharey=True)
-    for index, method in enumerate(methods):
-        colour, _, name = style(method)
-        colour = colour or f"C{index}"
-        label = name
+    for index, (method, colour) in enumerate(colours(methods).items()):
+        name = label(method)  # for the legend, once
         shift = 0.22 * (index - (len(methods) - 1) / 2)
         for y, number in enumerate(reversed(numbers)):
             problem = tabular.preference(number)
@@ -197,8 +194,8 @@ def draw(rows: list[dict]) -> Figure:
             returns = share_of_best(problem, np.array([float(row["true_return"]) for row in runs]))
             for axis, values in zip(axes, (phis, returns)):
                 axis.plot(values, [y + shift] * len(values), ".", color=colour, markersize=3, alpha=0.6)
-                axis.plot(np.mean(values), y + shift, "o", color=colour, markersize=5, label=label)
-                label = None
+                axis.plot(np.mean(values), y + shift, "o", color=colour, markersize=5, label=name)
+                name = None
     axes[0].set(yticks=range(len(numbers)), xlabel="the leader's loss φ", ylabel="preference problem")
     axes[0].set_yticklabels(reversed(numbers))
     axes[1].set_xlabel("true return (0: random policy, 1: follower of the true reward)")

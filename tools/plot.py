@@ -19,7 +19,7 @@ if not __package__:  # run as a file, for which Python looks in tools/, but not 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from support.files import write_whole
-from support.flags import fail, parse_args
+from support.flags import fail, parse_args, shown
 from tools import figures, learning, preferences, results, tables, tabular
 
 
@@ -86,10 +86,9 @@ def tabular_runs(results_dir: Path, figures_dir: Path, apart: tuple[str, str] | 
     return tabular.table(results.read_csv(results_dir / "tabular_summary.csv"), apart)
 
 
-def measurements(results_dir: Path) -> list[str]:
-    """The names in MEASUREMENTS whose files are there."""
-    there = lambda files: all((results_dir / file).exists() for file in files)
-    return [name for name, (_, files) in MEASUREMENTS.items() if there(files)]
+def has(results_dir: Path, *names: str) -> bool:
+    """Whether all these files are there."""
+    return all((results_dir / name).exists() for name in names)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -101,9 +100,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.runs_dir:
         results.export(Path(args.runs_dir), results_dir)
         tabular.export(Path(args.runs_dir), results_dir)
-    has_deep = (results_dir / "summary.csv").exists()
-    has_tabular = all((results_dir / name).exists() for name in ("tabular_summary.csv", "tabular.csv"))
-    measured = measurements(results_dir)
+    has_deep = has(results_dir, "summary.csv")
+    has_tabular = has(results_dir, "tabular_summary.csv", "tabular.csv")
+    measured = [name for name, (_, files) in MEASUREMENTS.items() if has(results_dir, *files)]
     if not has_deep and not has_tabular and not measured:
         fail(f"no results in {results_dir}: name a folder with finished runs by --runs-dir")
     if apart:
@@ -119,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise ValueError("it has no rows")
             figure = draw(*read)
         except (ValueError, KeyError, TypeError, IndexError, ZeroDivisionError) as problem:
-            fail(f"{' or '.join(files)} in {results_dir} is damaged ({type(problem).__name__}: {problem})")
+            fail(f"{' or '.join(files)} in {results_dir} is damaged ({shown(problem)})")
         figures.save(figure, figures_dir, name)
     parts = []
     if has_deep:

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from tools.figures import add_legend, measured, on_common_grid
-from tools.results import column_of, label, style
+from tools.results import colours, column_of, label, style
 from tools.tables import ahead_cells, decimals_for, markdown, mean_cell, number
 
 # What every row of the figure shows of a task, from left to right: column, title, and whether it is a
@@ -39,9 +39,10 @@ def draw(curves) -> Figure:
     figure = Figure(figsize=(max(5.5, 3.6 * len(environments)), 2.2 * len(PANELS) + 0.4))
     axes = figure.subplots(len(PANELS), len(environments), squeeze=False, sharex="col")
     handles, counts = {}, {}
+    colour_of = colours(dict.fromkeys(method for _, method in curves))
     for (env_id, method), runs in curves.items():
         runs = [with_ratios(run) for run in runs]
-        colour, line_style, _ = style(method)
+        colour, line_style = colour_of[method], style(method)[1]
         for axis, (column, _, logarithmic) in zip(axes[:, environments.index(env_id)], PANELS):
             lines = measured(runs, "global_step", column)
             if not lines:

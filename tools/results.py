@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from support.files import write_whole
-from support.flags import fail
+from support.flags import fail, shown
 from support.names import slug
 
 # The methods in the order of tables and legends: exp_name, colour, line style, label. Methods with other
@@ -106,8 +106,14 @@ LATER_FLAGS = {
 
 
 def style(method: str):
-    """Colour (None: the next of matplotlib's cycle), line style and label of a method, by its exp_name."""
+    """Colour (None: see colours), line style and label of a method, by its exp_name."""
     return STYLES.get(method, (None, "-", method))
+
+
+def colours(methods) -> dict:
+    """Colours of methods in a figure; those without one of their own take matplotlib's in turn."""
+    unstyled = [method for method in methods if style(method)[0] is None]
+    return {method: style(method)[0] or f"C{unstyled.index(method)}" for method in methods}
 
 
 def label(method: str) -> str:
@@ -213,8 +219,7 @@ def export(runs_dir: Path, results_dir: Path) -> None:
             row = summary_row(config, progress[-1], evaluation)
             curve = curve_text(progress)
         except (ValueError, KeyError, TypeError) as problem:  # no text, no number, a missing column or cell
-            reason = f"{type(problem).__name__}: {problem}"
-            fail(f"{folder}: progress.csv or evaluation.csv is damaged ({reason})")
+            fail(f"{folder}: progress.csv or evaluation.csv is damaged ({shown(problem)})")
         if cut := sum(episode.get("cut") == "1" for episode in evaluation):
             print(f"{cut} of {len(evaluation)} episodes of the evaluation were cut: {folder.name}")
         same_name = [
@@ -222,9 +227,7 @@ def export(runs_dir: Path, results_dir: Path) -> None:
             for other in summary.values()
             if (other["env_id"], other["exp_name"]) == (row["env_id"], row["exp_name"])
         ]
-        if changed := changed_flags(row, same_name):
-            others = f"the runs of that name in {results_dir}"
-            fail(f"{folder.name} has other flags than {others}: {', '.join(changed)}")
+        refuse_changed_flags(folder, row, same_name, f"the runs of that name in {results_dir}")
         summary[row["env_id"], row["exp_name"], row["seed"]] = row
         curves[curve_path(results_dir, row)] = curve
 
@@ -259,15 +262,15 @@ def summary_row(config: dict, last: dict, evaluation: list[dict]) -> dict:
     return row | config["versions"] | {"flags": json.dumps(public_flags)}
 
 
-def changed_flags(row: dict, others: list[dict]) -> list[str]:
-    """How the flags of a line of the summary differ from the first of the others that has different ones."""
+def refuse_changed_flags(folder: Path, row: dict, others: list[dict], named: str) -> None:
+    """Ends the program with one line if the flags of a run's line of the summary are not those of others."""
     flags = LATER_FLAGS | json.loads(row["flags"])
     for other in others:
         theirs = LATER_FLAGS | json.loads(other["flags"])
         common = flags.keys() & theirs.keys()
         if changed := sorted(name for name in common if flags[name] != theirs[name]):
-            return [f"--{name} {flags[name]}, not {theirs[name]}" for name in changed]
-    return []
+            told = ", ".join(f"--{name} {flags[name]}, not {theirs[name]}" for name in changed)
+            fail(f"{folder.name} has other flags than {named}: {told}")
 
 
 def curve_text(progress: list[dict]) -> str:
@@ -337,7 +340,7 @@ def load_results(results_dir: Path) -> tuple[list[dict[str, str]], dict]:
             float(row["return_100"])
         return summary, load_curves(results_dir, summary)
     except (OSError, ValueError, KeyError, TypeError, IndexError) as problem:
-        fail(f"{results_dir} is damaged ({type(problem).__name__}: {problem})")
+        fail(f"{results_dir} is damaged ({shown(problem)})")
 
 
 def starting_returns(curves) -> dict[str, float]:

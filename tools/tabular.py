@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from support.flags import fail
+from support.flags import fail, shown
 from support.names import slug
-from tools.results import PRIVATE_FLAGS, changed_flags, is_finished, is_tabular, read_csv, run_folders
+from tools.results import PRIVATE_FLAGS, is_finished, is_tabular, read_csv, refuse_changed_flags, run_folders
 from tools.results import write_csv
 from tools.tables import markdown
 
@@ -108,15 +108,13 @@ def export(runs_dir: Path, results_dir: Path) -> None:
             progress = [{column: float(value) for column, value in row.items()} for row in rows]
             row = summary_row(config, progress)
         except (OSError, ValueError, KeyError, TypeError, IndexError) as problem:
-            fail(f"{folder}: progress.csv is damaged ({type(problem).__name__}: {problem})")
+            fail(f"{folder}: progress.csv is damaged ({shown(problem)})")
         same_name = [other for other in summary.values() if run_name(other)[:2] == run_name(row)[:2]]
-        if changed := changed_flags(row, same_name):
-            fail(f"{folder.name} has other flags than the runs of that name: {', '.join(changed)}")
+        refuse_changed_flags(folder, row, same_name, "the runs of that name")
         summary[run_name(row)] = row
         points[run_name(row)] = thinned(row, progress)
 
     if summary:
-        results_dir.mkdir(parents=True, exist_ok=True)
         rows = sorted(summary.values(), key=run_order)
         write_csv(summary_path, rows)
         write_csv(points_path, [point for row in rows for point in points[run_name(row)]])
