@@ -306,11 +306,12 @@ def sweep(problem: Problem, r, Q):
 
 def best_response(problem: Problem, r, Q, tol: float):
     """Q within tol of Q*, by as many sweeps as the contraction asks for, and how many."""
-    gap = float((sweep(problem, r, Q) - Q).abs().max())  # |Q - Q*| <= gap / (1 - gamma)
+    last, Q = Q, sweep(problem, r, Q)
+    gap = float((Q - last).abs().max())  # |last - Q*| <= gap / (1 - gamma)
     count = 1
     if problem.gamma > 0 and gap > tol * (1 - problem.gamma):
         count = math.ceil(math.log(tol * (1 - problem.gamma) / gap) / math.log(problem.gamma))
-    for _ in range(count):
+    for _ in range(count - 1):
         Q = sweep(problem, r, Q)
     return Q, count
 

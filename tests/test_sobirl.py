@@ -120,7 +120,7 @@ def close(a, b, tol=1e-8):
 
 
 @pytest.mark.parametrize("gamma, tau", [(0.0, 0.5), (0.8, 0.5), (0.99, 0.01), (0.5, 100.0)])
-def test_follower_by_sweeps_by_newton_and_by_hand(gamma, tau):
+def test_follower_by_sweeps_by_newton_and_by_hand(gamma, tau, monkeypatch):
     problem = tiny(gamma=gamma, tau=tau)
     r = problem.reward(problem.start)
     Q, pi = optimum(problem, problem.start)
@@ -131,6 +131,12 @@ def test_follower_by_sweeps_by_newton_and_by_hand(gamma, tau):
         swept, count = sobirl.best_response(problem, r, torch.zeros_like(Q), tol)
         assert (swept - Q).abs().max() <= tol
         assert sobirl.best_response(problem, r, swept, tol)[1] <= count  # the warm start pays
+        made = []
+        with monkeypatch.context() as spy:
+            sweep = sobirl.sweep
+            spy.setattr(sobirl, "sweep", lambda *given: made.append(1) or sweep(*given))
+            sobirl.best_response(problem, r, torch.zeros_like(Q), tol)
+        assert len(made) == count  # the sweeps that it tells are all that it makes
     other = torch.softmax(
         sobirl.normal(4, 3, generator=torch.Generator().manual_seed(1)), 1
     )  # no policy does better
