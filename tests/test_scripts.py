@@ -346,6 +346,9 @@ def test_speed_side_by_side(tmp_path):
     assert [row["name"] for row in table] == [ours, f"{sys.executable} {other}"] and float(
         table[0]["env_ms"]
     ) > 0
+    for row in table:
+        slowest, median, fastest = (float(row[rate]) for rate in ("slowest", "sps", "fastest"))
+        assert slowest < fastest and median == pytest.approx((slowest + fastest) / 2, rel=0.01)
     assert (
         len(out) == 4
         and out[2].startswith(f"| `{ours}` |")

@@ -16,7 +16,7 @@ import scipy.stats
 from moviepy import ImageSequenceClip
 from PIL import Image
 
-from tools import figures, film, learning, plot, results, tables, tabular
+from tools import figures, film, learning, plot, results, speed, tables, tabular
 
 ROOT = Path(__file__).parent.parent
 VERSIONS = {"python": "3.11.7", "torch": "2.13.0", "gymnasium": "1.4.0", "git_commit": "0123abc"}
@@ -1016,11 +1016,34 @@ def test_aggregate_figure():
     assert shared_legend(left.figure) == ["AUC, first quarter", "final return"]
 
 
+def test_a_speed_has_columns_for_the_phases_of_all_commands(capsys):
+    commands = ("python sobirl_continuous.py", "python other.py")
+    turns = [
+        [speed.Measured(rate, 300.4, {"env": 2.0, "reward": ms}), speed.Measured(rate / 2, 100, {})]
+        for rate, ms in ((1000, 5), (3000, 6), (2000, 60))
+    ]
+    rows = speed.table(commands, turns)
+    assert rows == [
+        dict(zip(rows[0], (commands[0], 2000, 1000, 3000, 2, 300, 2, 6))),
+        dict(zip(rows[0], (commands[1], 1000, 500, 1500, 1, 100, 0, 0))),
+    ]
+    assert list(rows[0])[-3:] == ["mib", "env_ms", "reward_ms"]
+    speed.show(commands, rows)
+    assert capsys.readouterr().out.splitlines() == [
+        "| command | SPS | ratio | MiB | env, ms | reward, ms |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| `python sobirl_continuous.py` | 2,000 | 2.00 | 300 | 2 | 6 |",
+        "| `python other.py` | 1,000 | 1.00 | 100 |  |  |",
+    ]
+
+
 def test_runtime_figure():
     rows = [
         {
             "name": "blpo",
             "sps": "500",
+            "slowest": "400",
+            "fastest": "500",
             "mib": "400",
             "env_ms": "30",
             "critic_ms": "10",
@@ -1029,6 +1052,8 @@ def test_runtime_figure():
         {
             "name": "ppo-matched",
             "sps": "1000",
+            "slowest": "800",
+            "fastest": "1250",
             "mib": "300",
             "env_ms": "30",
             "critic_ms": "10",
@@ -1037,6 +1062,8 @@ def test_runtime_figure():
         {
             "name": "python other.py",
             "sps": "250",
+            "slowest": "200",
+            "fastest": "400",
             "mib": "1",
             "env_ms": "",
             "critic_ms": "0",
@@ -1057,7 +1084,9 @@ def test_runtime_figure():
         ("1.00", 1),
         ("2.00", 2),
     ]
-    assert axis.get_xlim() == (0, pytest.approx(1.12 * 4))
+    spreads = [(*line.get_xdata(), line.get_ydata()[0]) for line in axis.lines]
+    np.testing.assert_allclose(spreads, [(2.5, 5, 0), (0.8, 1.25, 1), (2, 2.5, 2)])  # of all turns
+    assert axis.get_xlim() == (0, pytest.approx(1.12 * 5))
     (axis,) = figures.draw_runtime(rows[:1] + rows[2:]).axes  # without it, relative to the last
     assert axis.get_xlabel().endswith("relative to python other.py") and axis.texts[0].get_text() == "1.00"
 
@@ -1223,7 +1252,7 @@ def test_tabular_runs_replace_their_like_and_do_not_mix(tmp_path, refused):
     "files, word",
     [
         ({"speed.csv": "name,sps,env_ms\n"}, "speed.csv"),
-        ({"speed.csv": "name,sps,env_ms\na,0,1\n"}, "ZeroDivisionError"),
+        ({"speed.csv": "name,sps,slowest,fastest,env_ms\na,0,0,0,1\n"}, "ZeroDivisionError"),
         ({"gate.csv": "env_id,steps\n", "gate_weights.csv": "env_id\n"}, "gate.csv or gate_weights.csv"),
         ({"gate.csv": "env_id,steps\n"}, "no results"),
         ({"tabular_summary.csv": "problem,exp_name,seed\n"}, "no results"),
@@ -1370,7 +1399,8 @@ def test_from_runs_to_tables_and_figures(tmp_path, capsys):
         f"{name}.{kind}" for name in names for kind in ("png", "pdf")
     }
 
-    write_rows(out / "speed.csv", [{"name": "ppo-matched", "sps": 10, "ratio": 1, "mib": 1, "env_ms": 3}])
+    timed = dict(name="ppo-matched", sps=10, slowest=9, fastest=11, ratio=1, mib=1, env_ms=3)
+    write_rows(out / "speed.csv", [timed])
     solver = dict(env_id="E", solver="cg", hessian="gauss-newton", products=1, residual=0.5, ms=2)
     write_rows(out / "solvers.csv", [solver])
     plot.main(flags)  # from results/ alone

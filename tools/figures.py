@@ -295,19 +295,22 @@ def draw_aggregate(compared) -> Figure:
 
 
 def draw_runtime(rows: list[dict]) -> Figure:
-    """Time per environment step of every command, by phase, relative to the whole of one of them.
+    """Time per environment step of every command, by phase, relative to the whole of one of them; a black
+    line from its fastest turn to its slowest.
 
-    rows: of speed.csv, not empty: name (an exp_name or a command), sps (steps a second) and a column of
-    milliseconds for each phase, {phase}_ms. That one is "ppo-matched" if it is there, else the last. A
-    command that does not tell its phases has an empty bar.
+    rows: of speed.csv, not empty: name (an exp_name or a command), sps (steps a second; slowest and fastest:
+    of all turns) and a column of milliseconds for each phase, {phase}_ms. That one is "ppo-matched" if it is
+    there, else the last. A command that does not tell its phases has an empty bar.
     """
     phases = [column.removesuffix("_ms") for column in rows[0] if column.endswith("_ms")]
     base = next((row for row in rows if row["name"] == "ppo-matched"), rows[-1])
-    totals = [float(base["sps"]) / float(row["sps"]) for row in rows]
+    totals, shortest, longest = (
+        [float(base["sps"]) / float(row[rate]) for row in rows] for rate in ("sps", "fastest", "slowest")
+    )
 
     figure = Figure(figsize=(7, 0.45 * len(rows) + 1.6))
     axis = figure.subplots()
-    for y, (row, total) in enumerate(reversed(list(zip(rows, totals)))):
+    for y, (row, total, low, high) in enumerate(reversed(list(zip(rows, totals, shortest, longest)))):
         spent = np.array([float(row[f"{phase}_ms"] or 0) for phase in phases])
         parts = spent / max(spent.sum(), 1e-9) * total
         if not parts.any():
@@ -323,11 +326,12 @@ def draw_runtime(rows: list[dict]) -> Figure:
                 label=phase if y == 0 else None,
             )
             left += parts[i]
-        axis.text(total + 0.02, y, f"{total:.2f}", va="center", fontsize=8)
+        axis.plot([low, high], [y, y], color="black", linewidth=1.5)
+        axis.text(max(total, high) + 0.02, y, f"{total:.2f}", va="center", fontsize=9)
     axis.set(yticks=range(len(rows)), xlabel=f"time per environment step, relative to {label(base['name'])}")
     axis.set_yticklabels([label(row["name"]) for row in reversed(rows)])
-    axis.set_xlim(0, 1.12 * max(totals))
-    axis.legend(fontsize=7, ncols=3, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axis.set_xlim(0, 1.12 * max(longest))
+    axis.legend(fontsize=9, ncols=3, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.tight_layout()
     return figure
 

@@ -34,8 +34,6 @@ from support.files import check_can_be_written
 from support.flags import fail, parse_args
 from tools.results import write_csv  # no more of the tools: a command's memory is at least what is held here
 
-PHASES = ("env", "inference", "bookkeeping", "critic", "hypergradient", "actor")
-
 
 @dataclass
 class Args:
@@ -115,24 +113,28 @@ def measure(command: str, steps: int) -> Measured:
     if last <= first or end <= begin:
         fail(f"{command} did not say how far it was: it has no progress.csv and prints no global_step=n")
     phases = {}
-    for phase in PHASES:
-        if rows and f"seconds_{phase}" in rows[0]:
-            phases[phase] = 1e3 * statistics.mean(row[f"seconds_{phase}"] for row in rows[1:])
+    for column in rows[0] if rows else ():
+        if column.startswith("seconds_"):
+            phases[column.removeprefix("seconds_")] = 1e3 * statistics.mean(row[column] for row in rows[1:])
     return Measured((last - first) / (end - begin), usage.ru_maxrss / 1024, phases)
 
 
 def table(commands: tuple[str, ...], turns: list[list[Measured]]) -> list[dict]:
-    """A row per command, of all turns so far."""
+    """A row per command, of all turns so far, with a column for every phase that one of them tells."""
+    phases = dict.fromkeys(phase for measured in turns[0] for phase in measured.phases)
     rows = []
     for i, command in enumerate(commands):
         named = re.findall(r"--exp-name[ =](\S+)", command) or [command]
+        rates = [turn[i].rate for turn in turns]
         row = {
             "name": named[0],
-            "sps": round(statistics.median(turn[i].rate for turn in turns), 1),
+            "sps": round(statistics.median(rates), 1),
+            "slowest": round(min(rates), 1),
+            "fastest": round(max(rates), 1),
             "ratio": round(statistics.median(turn[i].rate / turn[-1].rate for turn in turns), 4),
             "mib": round(max(turn[i].memory for turn in turns)),
         }
-        for phase in PHASES:
+        for phase in phases:
             row[f"{phase}_ms"] = round(statistics.median(turn[i].phases.get(phase, 0) for turn in turns), 2)
         rows.append(row)
     return rows
@@ -140,12 +142,14 @@ def table(commands: tuple[str, ...], turns: list[list[Measured]]) -> list[dict]:
 
 def show(commands: tuple[str, ...], rows: list[dict]) -> None:
     """Prints the rows as a Markdown table."""
-    print(f"| command | SPS | ratio | MiB | {' | '.join(f'{phase}, ms' for phase in PHASES)} |")
-    print("|---" * (4 + len(PHASES)) + "|")
+    phases = [column for column in rows[0] if column.endswith("_ms")]
+    head = ["command", "SPS", "ratio", "MiB", *(f"{phase.removesuffix('_ms')}, ms" for phase in phases)]
+    lines = [head, ["---"] * len(head)]
     for command, row in zip(commands, rows):
-        spent = [row[f"{phase}_ms"] for phase in PHASES]
-        cells = " | ".join(f"{ms:.0f}" if ms else "" for ms in spent)
-        print(f"| `{command}` | {row['sps']:,.0f} | {row['ratio']:.2f} | {row['mib']} | {cells} |")
+        spent = [f"{row[phase]:.0f}" if row[phase] else "" for phase in phases]
+        lines.append([f"`{command}`", f"{row['sps']:,.0f}", f"{row['ratio']:.2f}", f"{row['mib']}", *spent])
+    for line in lines:
+        print(f"| {' | '.join(line)} |")
 
 
 def main(args: Args) -> None:
