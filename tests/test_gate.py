@@ -301,7 +301,7 @@ def test_the_published_table_and_its_figure_are_those_of_the_results():
     assert len({(line.get_color(), line.get_linestyle()) for line in left.lines}) == 6  # a look for each run
     assert sum(len(line.get_xdata()) for line in left.lines) == len(weights)
     assert all((np.diff(line.get_xdata()) == 1).all() for line in left.lines)  # a line for each episode
-    variants = [label.get_text() for label in right.get_yticklabels()]
+    variants = [label.get_text().replace("\n", " ") for label in right.get_yticklabels()]
     assert variants == list(reversed(VARIANTS))
     first = next(line for line in right.lines if len(line.get_xdata()) == len(VARIANTS))
     run = [row for row in rows if (row["env_id"], row["steps"]) == (rows[0]["env_id"], rows[0]["steps"])]

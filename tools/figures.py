@@ -9,6 +9,7 @@ column of the shape (points,), as `results.load_curves` returns them.
 
 import io
 import itertools
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 
@@ -397,7 +398,7 @@ def draw_gate(rows: list[dict], weights: list[dict]) -> Figure:
     rows: of gate.csv, not empty: env_id, steps, variant, signal, signal_error; weights: of gate_weights.csv:
     env_id, steps, age, factor.
     """
-    figure = Figure(figsize=(10, 3.8))
+    figure = Figure(figsize=(10, 4))
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
     runs = list(dict.fromkeys((row["env_id"], row["steps"]) for row in rows))
     environments = dict.fromkeys(env_id for env_id, _ in runs)
@@ -426,7 +427,7 @@ def draw_gate(rows: list[dict], weights: list[dict]) -> Figure:
     right.axvline(0.9, color="grey", linewidth=0.8)
     right.set(xlabel="cosine of policy gradient and hypergradient", yticks=range(len(variants)))
     right.set_xlim(-1.05, 1.15)
-    right.set_yticklabels(variants)
+    right.set_yticklabels([textwrap.fill(variant, 28) for variant in variants])
     for axis in (left, right):
         axis.grid(alpha=0.25)
     figure.tight_layout()
