@@ -27,12 +27,25 @@ class Episodes(NamedTuple):
     cut: np.ndarray  # (episodes,), True where --eval-max-steps ended the episode early
 
 
+def follow_the_robot(env: gym.Env, options: dict) -> None:
+    """Films with the camera "track" of a MuJoCo model, unless the user has chosen another one: Gymnasium 1.4
+    stays where the episode began (its pull request 1618), and a walker leaves the picture after a second."""
+    renderer = getattr(env.unwrapped, "mujoco_renderer", None)
+    if renderer is None or options.keys() & {"camera_id", "camera_name", "default_camera_config"}:
+        return
+    model = env.unwrapped.model
+    names = [model.camera(number).name for number in range(model.ncam)]
+    if "track" in names:
+        renderer.camera_id = names.index("track")
+
+
 def play(actor, normalize, args, videos: Path | None = None) -> Episodes:
     """--eval-episodes episodes. `normalize` maps raw observations to what the policy sees. Seeds and noise
     are the evaluation's own, so that training goes on as if there had been none."""
     options = dict(render_mode="rgb_array") if videos else {}
     env = make_env(args, training=False, **options)
     if videos:
+        follow_the_robot(env, args.env_options)
         name = slug(args.env_id)
 
         def first_three(episode: int) -> bool:

@@ -417,6 +417,50 @@ def test_video(tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    "env_id, options, follows",
+    [
+        ("Walker2d-v4", {}, True),
+        ("HalfCheetah-v5", {}, True),
+        ("Walker2d-v4", {"camera_id": -1}, False),
+        ("Walker2d-v5", {"default_camera_config": {"distance": 4.0}}, False),
+    ],
+)
+def test_a_video_follows_the_robot(env_id, options, follows):
+    """Far from where the episode began a picture of it changes with its height, or it is not there."""
+    if sys.platform == "linux" and not any(map(ctypes.util.find_library, ("EGL", "OSMesa"))):
+        pytest.skip("neither EGL nor OSMesa is installed")
+    program = f"""if True:
+        import gymnasium, mujoco
+        from support import evaluation
+        options = {options}
+        with gymnasium.make("{env_id}", render_mode="rgb_array", **options) as env:
+            evaluation.follow_the_robot(env, options)
+            env.reset(seed=0)
+            env.render()
+            core = env.unwrapped
+            core.data.qpos[0] = 100
+            pictures = []
+            for height in (0.0, 0.3):
+                core.data.qpos[1] += height
+                mujoco.mj_forward(core.model, core.data)
+                pictures.append(env.render())
+        print((pictures[0] != pictures[1]).any())
+        """
+    library = "egl" if ctypes.util.find_library("EGL") else "osmesa"
+    env = {"MUJOCO_GL": library} | os.environ
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, cwd=ROOT)
+    assert out.stdout == f"{follows}\n", out.stderr
+
+
+def test_a_video_of_what_has_no_such_camera():
+    for env_id in ("Reacher-v5", "CartPole-v1"):  # no camera "track", and no MuJoCo
+        with gym.make(env_id, render_mode="rgb_array") as env:
+            before = vars(getattr(env.unwrapped, "mujoco_renderer", env)).copy()
+            evaluation.follow_the_robot(env, {})
+            assert vars(getattr(env.unwrapped, "mujoco_renderer", env)) == before
+
+
 # Bad days
 
 
