@@ -191,7 +191,7 @@ class RunningMeanStd:
 
     def update(self, x):  # (n, *shape)
         total = self.count + len(x)
-        mean = x.mean(0)
+        mean = x.sum(0) / len(x)  # half the time of x.mean(0), and the same number
         delta = mean - self.mean
         m2 = self.var * self.count + ((x - mean) ** 2).sum(0) + delta**2 * self.count * len(x) / total
         self.mean = self.mean + delta * len(x) / total
@@ -199,7 +199,7 @@ class RunningMeanStd:
         self.count = total
 
     def normalize(self, x):
-        return np.clip((x - self.mean) / np.sqrt(self.var + 1e-8), -10, 10)
+        return ((x - self.mean) / np.sqrt(self.var + 1e-8)).clip(-10, 10)
 
     def state_dict(self) -> dict:
         return {name: torch.as_tensor(value, dtype=torch.float64) for name, value in vars(self).items()}
@@ -333,15 +333,18 @@ class Environments:
             done = np.array(truncated, bool).reshape(len(self.envs)) | (terminated > 0)
             np.stack(observed, out=self.last_obs)  # which refuses other shapes
             self.raw_obs[:] = self.last_obs
-            for i in np.flatnonzero(done):
+            ended = np.flatnonzero(done)
+            for i in ended:
                 self.reset(i)
         except FOREIGN as problem:  # whatever a foreign environment raises
             raise EnvironmentFailed(self.args.env_id, self.steps) from problem
         self.run.lap("env")
-        self.check_finite(self.raw_obs, self.last_obs, reward[:, None])
-        return self.normalise_and_record(reward, terminated, done, infos)
+        self.check_finite(self.last_obs, reward[:, None])
+        if len(ended):
+            self.check_finite(self.raw_obs)
+        return self.normalise_and_record(reward, terminated, done, ended, infos)
 
-    def normalise_and_record(self, reward, terminated, done, infos) -> Step:
+    def normalise_and_record(self, reward, terminated, done, ended, infos) -> Step:
         """Updates running statistics, normalises by them, and writes a row for every episode that ended."""
         self.episode_return += reward
         self.episode_length += 1
@@ -351,10 +354,10 @@ class Environments:
             self.obs_rms.update(self.raw_obs)
         if self.args.norm_reward:
             self.return_rms.update(self.discounted_return)
-            reward = np.clip(reward / np.sqrt(self.return_rms.var + 1e-8), -10, 10)
+            reward = (reward / np.sqrt(self.return_rms.var + 1e-8)).clip(-10, 10)
         self.obs[:] = self.normalize(self.raw_obs)
-        next_obs = self.normalize(self.last_obs) if done.any() else self.obs
-        for i in np.flatnonzero(done):
+        next_obs = self.normalize(self.last_obs) if len(ended) else self.obs
+        for i in ended:
             self.end_episode(i, infos[i])
         return Step(next_obs, reward, terminated, done)
 

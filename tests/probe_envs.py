@@ -117,6 +117,16 @@ class BrokenEnd(Probe):
         return np.array([np.nan if self.t == self.steps and self.episodes > 30 else self.t], np.float32)
 
 
+class BrokenReset(Probe):
+    """The first observation of the thirtieth episode is NaN."""
+
+    steps, episodes = 7, 0
+
+    def observe(self):
+        self.episodes += self.t == 0
+        return np.array([np.nan if self.t == 0 and self.episodes == 30 else self.t], np.float32)
+
+
 class Raises(Broken):
     """Raises after 200 steps."""
 
@@ -388,6 +398,7 @@ for env in (
     Odd,
     Broken,
     BrokenEnd,
+    BrokenReset,
     Raises,
     Reshapes,
     Hangs,

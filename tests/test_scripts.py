@@ -629,7 +629,13 @@ def test_bad_input_through_the_command_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "script, name", [(ppo, "ProbeBroken-v0"), (blpo, "ProbeBroken-v0"), (blpo, "ProbeBrokenEnd-v0")]
+    "script, name",
+    [
+        (ppo, "ProbeBroken-v0"),
+        (blpo, "ProbeBroken-v0"),
+        (blpo, "ProbeBrokenEnd-v0"),
+        (blpo, "ProbeBrokenReset-v0"),
+    ],
 )
 def test_non_finite_observation_stops_the_run(script, name, tmp_path):
     flags = (
@@ -644,7 +650,11 @@ def test_non_finite_observation_stops_the_run(script, name, tmp_path):
     out, err = run(script, *flags, env={"PYTHONPATH": str(ROOT)}, status=1)
     (folder,) = tmp_path.iterdir()
     assert (
-        err.count("\n") == 1 and name in err and "non-finite" in err and "step " in err and str(folder) in err
+        err.count("\n") == 1
+        and name in err
+        and "non-finite observation" in err
+        and "step " in err
+        and str(folder) in err
     )
     step = int(err.split("step ")[1].split(")")[0])
     table = rows(folder / "progress.csv")
