@@ -84,6 +84,20 @@ def test_what_the_page_shows_is_what_was_found():
         assert set(best) <= shown
 
 
+def test_the_table_of_endings_is_that_of_the_results():
+    """Of E, and what it says of configuration 7, which C has run with other seeds."""
+    published = dict(csv=ROOT / "results" / "tuning.csv", endings_dir=ROOT / "results" / "endings")
+    found = tuning.endings(tuning.Args(action="endings", **published))
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    section = page.split("## E. ")[1].split("\n## ")[0]
+    assert f"\n\n{found}\n\n" in section
+    here = next(line for line in found.splitlines() if line.startswith("| 7 |")).split(" | ")[2]
+    of_others = page.split("## C. ")[1].splitlines()
+    walker = next(line for line in of_others if line.startswith("| Walker2d-v4 |"))
+    there = walker.split(" | ")[6].split(" ± ")[0]
+    assert f"has {there} on Walker2d-v4 there and {here} here" in " ".join(section.split())
+
+
 def test_what_the_page_says_first_of_the_search():
     """The scores of the three tuned configurations, best first, in short."""
     args = tuning.Args(action="table", csv=ROOT / "results" / "tuning.csv", steps=1_000_000)
