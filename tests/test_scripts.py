@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,13 @@ def run(script, *flags, env=None, status=0):
 def train(script, tmp_path, *flags):
     """The script's own functions in this process, which saves the seconds of the imports; the run folder."""
     return script.main([*map(str, flags), "--runs-dir", str(tmp_path)])
+
+
+def stand_in_for_wandb(monkeypatch, init):
+    """A module with this function is what this process imports as wandb from now on."""
+    module = types.ModuleType("wandb")
+    module.init = init
+    monkeypatch.setitem(sys.modules, "wandb", module)
 
 
 def rows(path):

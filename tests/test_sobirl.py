@@ -7,8 +7,6 @@ import json
 import os
 import shlex
 import signal
-import subprocess
-import sys
 import typing
 from dataclasses import replace
 
@@ -18,8 +16,10 @@ import pytest
 import torch
 
 import sobirl_tabular as sobirl
+from support import run_folder
 from tests.test_durable import FLOATS, INTEGERS, TEXT
-from tests.test_scripts import ROOT, refused, rows, run, start, train
+from tests.test_scripts import refused, rows, stand_in_for_wandb, start, train
+from tools import figures, plot
 
 ARGS = sobirl.Args(samples=0, rollout=40)
 METHODS, PROBLEMS = sobirl.METHODS, sobirl.PROBLEMS
@@ -320,7 +320,7 @@ def test_penalty_method_tends_to_the_hypergradient():
     problem = tiny()
     target, errors = direction("exact", problem, problem.start), []
     for penalty in (10, 100, 1000, 10_000):
-        memory, args = {}, replace(ARGS, penalty=penalty, sweeps=400)
+        memory, args = {}, replace(ARGS, penalty=penalty, sweeps=150)  # 0.8^150 is 3e-15
         errors.append(float((direction("pbrl", problem, problem.start, args, memory) - target).norm()))
     assert errors[-1] < 1e-3 * float(target.norm())
     for earlier, later in zip(errors, errors[1:]):
@@ -353,17 +353,17 @@ def mean_and_error(draws):
 @pytest.mark.parametrize("depth, baseline", [("full", True), ("full", False), ("one", True)])
 @pytest.mark.parametrize("shifted", [False, True])
 def test_estimator_is_unbiased(depth, baseline, shifted):
-    """The mean of 300 estimates (15), or (78), is its expectation within four standard errors; also where the
+    """The mean of 100 estimates (15), or (78), is its expectation within four standard errors; also where the
     sample comes from another policy and is weighed by the likelihood ratio."""
     problem, g = tiny(gamma=0.5), torch.Generator().manual_seed(0)
     x, (Q, pi) = problem.start, optimum(problem, problem.start)
     behaviour = (
         torch.softmax((Q + 0.1 * sobirl.normal(4, 3, generator=g)) / problem.tau, 1) if shifted else pi
     )
-    args = replace(ARGS, samples=50, rollout=12, depth=depth, baseline=baseline)
+    args = replace(ARGS, samples=150, rollout=12, depth=depth, baseline=baseline)
     draws = [
         sobirl.estimate(problem, x, pi, sobirl.draw(problem, behaviour, args, g), behaviour, args)
-        for _ in range(300)
+        for _ in range(100)
     ]
     mean, error = mean_and_error(draws)
     target = direction("sobirl", problem, x, replace(ARGS, depth=depth))
@@ -554,7 +554,7 @@ def test_preference_tells_drlhf_from_the_hypergradient(tmp_path):
             "--method",
             method,
             "--rounds",
-            300,
+            100,
             "--w-solver",
             "exact",
         ]
@@ -563,7 +563,7 @@ def test_preference_tells_drlhf_from_the_hypergradient(tmp_path):
     assert ends["exact"] < -0.1 and ends["m-sobirl"] < -0.1 and ends["drlhf"] > 0, ends
 
 
-def test_same_seed_same_numbers_and_killed_runs_keep_theirs(tmp_path):
+def test_same_seed_same_numbers_and_killed_runs_keep_theirs(tmp_path, monkeypatch):
     numbers = lambda folder: [(row["phi"], row["cosine"]) for row in rows(folder / "progress.csv")]
     flags = ["--method", "stoc-sobirl", "--samples", 4, "--rounds", 20]
     first = numbers(train(sobirl, tmp_path, *flags))
@@ -572,10 +572,21 @@ def test_same_seed_same_numbers_and_killed_runs_keep_theirs(tmp_path):
         == numbers(train(sobirl, tmp_path, *flags))
         != numbers(train(sobirl, tmp_path, *flags, "--seed", 2))
     )
-    for number, status in ((signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        process = start(
-            sobirl, *flags, "--rounds", 500_000, "--runs-dir", tmp_path / str(number), stdout=subprocess.PIPE
-        )
+
+    log, left = run_folder.Run.log, []
+
+    def see_what_is_on_disk(self, row, line):
+        log(self, row, line)
+        assert not (self.folder / "solution.pt").exists()
+        left.append(numbers(self.folder))
+
+    with monkeypatch.context() as patch:  # what others can read is what SIGKILL leaves
+        patch.setattr(run_folder.Run, "log", see_what_is_on_disk)
+        train(sobirl, tmp_path, *flags)
+    assert left == [first[: i + 1] for i in range(21)]
+
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        process = start(sobirl, *flags, "--rounds", 500_000, "--runs-dir", tmp_path / str(number))
         process.stdout.readline()  # says how far it is: training has begun
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
@@ -583,24 +594,27 @@ def test_same_seed_same_numbers_and_killed_runs_keep_theirs(tmp_path):
         (folder,) = (tmp_path / str(number)).iterdir()
         kept = numbers(folder)
         assert len(kept) >= 1 and not (folder / "solution.pt").exists()
-        assert kept[0] == first[0] and (number == signal.SIGKILL or "stopped at round" in err)
+        assert kept[0] == first[0] and "stopped at round" in err
 
 
-def test_track(tmp_path):
-    fake = "class R:\n    def log(self, row, step): print('logged', step, sorted(row)[0])\n"
-    fake += "    def finish(self): print('finished')\n"
-    (tmp_path / "wandb.py").write_text(
-        fake + "def init(**k): print('config', k['config']['flags']['method']); return R()\n"
-    )
-    out, _ = run(
-        sobirl, "--rounds", 2, "--track", "--runs-dir", tmp_path / "runs", env={"PYTHONPATH": str(tmp_path)}
-    )
-    assert (
-        "config m-sobirl" in out
-        and out.count("logged") == 3
-        and "logged 2 cosine" in out
-        and "finished" in out
-    )
+def test_track(tmp_path, monkeypatch):
+    seen = []
+
+    class Broadcast:
+        def log(self, row, step):
+            seen.append(("logged", step, sorted(row)[0]))
+
+        def finish(self):
+            seen.append("finished")
+
+    def init(config, **_):
+        seen.append(("config", config["flags"]["method"]))
+        return Broadcast()
+
+    stand_in_for_wandb(monkeypatch, init)
+    train(sobirl, tmp_path, "--rounds", 2, "--track")
+    assert seen[0] == ("config", "m-sobirl") and seen[-1] == "finished"
+    assert seen[1:-1] == [("logged", step, "cosine") for step in range(3)]
 
 
 @pytest.mark.parametrize(
@@ -708,7 +722,7 @@ def test_any_command_line_runs_or_names_the_flag(tmp_path, capsys):
     assert min(seen.values()) >= 10, seen
 
 
-def test_plot_from_runs_to_table_and_figure(tmp_path):
+def test_plot_from_runs_to_table_and_figure(tmp_path, capsys, monkeypatch):
     for flags in (
         ["--seed", 1],
         ["--seed", 2],
@@ -716,21 +730,14 @@ def test_plot_from_runs_to_table_and_figure(tmp_path):
         ["--problem", "preference", "--seed", 688],
     ):
         train(sobirl, tmp_path / "runs", "--rounds", 5, *flags)
-    train(sobirl, tmp_path / "runs", "--rounds", 1300, "--method", "drlhf")
+    train(sobirl, tmp_path / "runs", "--rounds", 300, "--method", "drlhf", "--beta", 0.04)
     (train(sobirl, tmp_path / "runs", "--rounds", 2, "--exp-name", "killed") / "solution.pt").unlink()
-    command = [
-        sys.executable,
-        f"{ROOT}/tools/plot.py",
-        "--apart",
-        "preference:688",
-        "--results-dir",
-        tmp_path / "results",
-        "--figures-dir",
-        tmp_path / "figures",
-    ]
-    first = subprocess.run(
-        [*command, "--runs-dir", tmp_path / "runs"], capture_output=True, text=True, check=True
-    ).stdout
+    places = ["--results-dir", tmp_path / "results", "--figures-dir", tmp_path / "figures"]
+    command = ["--apart", "preference:688", *places, "--runs-dir", tmp_path / "runs"]
+    command = list(map(str, command))
+    capsys.readouterr()
+    plot.main(command)
+    first = capsys.readouterr().out
     assert "no solution, left out: synthetic__killed__1__" in first
     assert (
         "| synthetic | M-SoBiRL | 2 | 0 |  |  | 10 |" in first
@@ -753,7 +760,7 @@ def test_plot_from_runs_to_table_and_figure(tmp_path):
     assert drawn == {f"{name}.{kind}" for name in ("tabular", "tabular_all") for kind in ("png", "pdf")}
     contents = lambda: {path.name: path.read_bytes() for path in (tmp_path / "results").iterdir()}
     before = contents()  # adding the same runs again changes nothing
-    again = subprocess.run(
-        [*command, "--runs-dir", tmp_path / "runs"], capture_output=True, text=True, check=True
-    ).stdout
+    monkeypatch.setattr(figures, "save", lambda *_: None)  # which takes a while
+    plot.main(command)
+    again = capsys.readouterr().out
     assert again == first and contents() == before and before["tables.md"].decode() == first.split("\n", 1)[1]
