@@ -27,6 +27,7 @@ import sobirl_continuous
 import sobirl_discrete
 import sobirl_tabular
 from nystrom import cg_ihvp, nystrom_ihvp
+from support import run_folder
 from support.flags import check_ranges, parse_args
 from tools import speed
 from tools.solvers import Moment, doubled, system
@@ -167,20 +168,13 @@ def test_help_begins_with_the_flags(script, capsys):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_run_folder(script, tmp_path):
-    out, err = run(
-        script,
-        *TINY,
-        "--env-id",
-        "Pendulum-v1",
-        "--total-timesteps",
-        2000,
-        "--runs-dir",
-        tmp_path,
-        "--seed",
-        3,
-    )
+    """Also that nothing imports wandb without --track."""
+    (tmp_path / "wandb.py").write_text("import os\nos._exit(3)\n")
+    runs = tmp_path / "runs"
+    flags = [*TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 2000, "--runs-dir", runs, "--seed", 3]
+    out, err = run(script, *flags, env={"PYTHONPATH": str(tmp_path)})
     assert err == ""
-    (folder,) = tmp_path.iterdir()
+    (folder,) = runs.iterdir()
     assert folder.name.startswith(f"Pendulum-v1__{script.__name__}__3__")
     assert (
         str(folder) in out
@@ -256,53 +250,73 @@ def test_nesting_only_is_the_hypergradient_times_zero(tmp_path):
     assert not all(torch.equal(reference[name], value) for name, value in weights().items())
 
 
-def test_a_killed_run_keeps_what_it_measured(tmp_path):
-    process = start(
-        blpo, *TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 10**7, "--runs-dir", tmp_path
-    )
-    deadline = time.time() + 120
-    while (
-        not (progress := list(tmp_path.glob("*/progress.csv")))
-        or len(progress[0].read_text().splitlines()) < 30
-    ):
-        assert time.time() < deadline and process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    whole = progress[0].read_text().rpartition("\n")[0]  # SIGKILL may cut the row that is being written
-    progress[0].write_text(whole + "\n")
-    assert len(rows(progress[0])) >= 29
-    episodes = rows(progress[0].parent / "episodes.csv")
-    assert len(episodes) >= rows(progress[0])[-1]["episodes"] > 0
+def test_a_killed_run_keeps_what_it_measured(tmp_path, monkeypatch):
+    """SIGKILL leaves what another process can read: every row from the moment on when it was measured."""
+    log, left = run_folder.Run.log, []
+
+    def see_what_is_on_disk(self, row, line):
+        log(self, row, line)
+        measured = rows(self.folder / "progress.csv")
+        left.append(len(measured))
+        assert measured[-1]["global_step"] == row["global_step"]
+        assert len(rows(self.folder / "episodes.csv")) == row["episodes"]
+
+    monkeypatch.setattr(run_folder.Run, "log", see_what_is_on_disk)
+    folder = train(blpo, tmp_path, *TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 1280)
+    assert left == list(range(1, 21)) and rows(folder / "progress.csv")[-1]["episodes"] == 4
 
 
 def test_two_runs_in_the_same_second_get_two_folders(tmp_path):
-    runs = [
-        start(ppo, *TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 128, "--runs-dir", tmp_path)
-        for _ in range(3)
-    ]
-    assert [process.wait(timeout=120) for process in runs] == [0, 0, 0]
+    """Three, of processes that have imported PyTorch and wait for each other."""
+    flags = [*TINY, "--env-id", "Pendulum-v1", "--total-timesteps", "128", "--runs-dir", str(tmp_path)]
+    program = f"""if True:
+        import multiprocessing
+        import ppo_continuous
+
+        context = multiprocessing.get_context("fork")
+        begin = context.Barrier(3)
+
+        def train():
+            begin.wait()
+            ppo_continuous.main({flags})
+
+        processes = [context.Process(target=train) for _ in range(3)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        print([process.exitcode for process in processes])
+        """
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[0, 0, 0]", done.stderr
     assert len(list(tmp_path.glob("*/model.pt"))) == 3
 
 
-def test_wandb_offline_and_out_of_reach(tmp_path):
+def test_wandb_offline(tmp_path):
     flags = (*TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 640, "--track")
     offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(tmp_path)}
     run(blpo, *flags, "--runs-dir", tmp_path / "a", env=offline)
     assert list(tmp_path.glob("**/*.wandb"))
-    # a broken installation stands for every failure of wandb.init
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "wandb.py").write_text("def init(**_):\n    raise ConnectionError('no network')\n")
-    _, err = run(blpo, *flags, "--runs-dir", tmp_path / "b", env={"PYTHONPATH": str(broken)})
-    assert "wandb is off: ConnectionError: no network" in err
-    lost = "class R:\n    def log(self, row, step): raise ConnectionError('lost')\n"
-    lost += "    def finish(self): pass\ndef init(**_): return R()\n"
-    (broken / "wandb.py").write_text(lost)
-    _, err = run(ppo, *flags, "--runs-dir", tmp_path / "c", env={"PYTHONPATH": str(broken)})
-    assert err.count("wandb is off: ConnectionError: lost") == 1
-    (broken / "wandb.py").write_text("raise AssertionError('imported without --track')\n")
-    run(ppo, *flags[:-1], "--runs-dir", tmp_path / "d", env={"PYTHONPATH": str(broken)})
+
+
+def test_wandb_out_of_reach(tmp_path, monkeypatch, capsys):
+    """A failure of wandb.init stands for every broken installation."""
+    flags = (*TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 640, "--track")
+
+    def no_network(**_):
+        raise ConnectionError("no network")
+
+    stand_in_for_wandb(monkeypatch, no_network)
+    assert (train(blpo, tmp_path, *flags) / "model.pt").exists()
+    assert capsys.readouterr().err == "wandb is off: ConnectionError: no network\n"
+
+    class Lost:
+        def log(self, row, step):
+            raise ConnectionError("lost")
+
+    stand_in_for_wandb(monkeypatch, lambda **_: Lost())
+    assert (train(ppo, tmp_path, *flags) / "model.pt").exists()
+    assert capsys.readouterr().err == "wandb is off: ConnectionError: lost\n"
 
 
 def test_run_names_stay_in_the_runs_folder(tmp_path):
@@ -327,7 +341,7 @@ def test_which_commands_report_in_a_file(name, expected):
     assert speed.is_ours(f"{ROOT}/{name}") == expected and not speed.is_ours(f"/elsewhere/{name}")
 
 
-def test_speed_side_by_side(tmp_path):
+def test_speed_side_by_side(tmp_path, refused):
     other = tmp_path / "other.py"  # reports as CleanRL does, 1,000 steps every 0.2 s
     other.write_text(
         "import time\nfor i in range(1, 6):\n    time.sleep(0.2)\n"
@@ -370,25 +384,20 @@ def test_speed_side_by_side(tmp_path):
     assert (
         mine[1] == pytest.approx(mine[0] / theirs[0], rel=0.5) and len(mine) == 3 + 5
     )  # a PPO has no hypergradient
-    once = (
-        f"{sys.executable} {ROOT}/ppo_continuous.py --env-id Pendulum-v1 --num-steps 640 --num-minibatches 2"
-    )
-    silent = tmp_path / "silent.py"
+    once, silent = tmp_path / "once.py", tmp_path / "silent.py"
+    once.write_text("print('global_step=640', 'SPS: 1', sep='\\n')")
     silent.write_text("print('SPS: 1', 'SPS: 2', sep='\\n')")
     for bad, word in (
         (f"{sys.executable} -c 1/0", "ZeroDivisionError"),
         ("nosuchcommand", "nosuch"),
         ("a 'b", "quot"),
-        (once, "--steps"),
+        (f"{sys.executable} {once}", "reported 1 times; raise --steps"),
         (f"{sys.executable} {other}", "--csv"),
         (f"{sys.executable} {silent}", "did not say how far"),
     ):
-        to_nowhere = ["--csv", tmp_path] * ("--csv" in word)
-        words = [*measuring[:2], bad, "--steps", "640", *to_nowhere]
-        failed = subprocess.run(words, capture_output=True, text=True)
-        assert failed.returncode == 2 and word in failed.stderr and failed.stderr.count("\n") == 1, (
-            failed.stderr
-        )
+        to_nowhere = str(tmp_path) * ("--csv" in word)
+        with refused(word):
+            speed.main(speed.Args((bad,), steps=640, csv=to_nowhere))
 
 
 # Every flag value
@@ -553,6 +562,15 @@ def refused(script, capsys, *flags):
     return err
 
 
+def stopped(script, capsys, tmp_path, *flags):
+    """The one line with which a run ends that cannot go on, in this process; its status is 1."""
+    with pytest.raises(SystemExit) as stop:
+        train(script, tmp_path, *flags)
+    err = capsys.readouterr().err
+    assert stop.value.code == 1 and err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
 BAD = [
     (["--env-id", "Walker2d-v9"], "Walker2d", "v5"),
     (["--env-id", "Waker2d-v4"], "--env-id", "Walker2d-v4"),
@@ -636,6 +654,7 @@ def test_bad_input_through_the_command_line(tmp_path):
     assert out == "" and err.startswith("error: --env-id Waker2d-v4") and err.count("\n") == 1
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize(
     "script, name",
     [
@@ -645,25 +664,11 @@ def test_bad_input_through_the_command_line(tmp_path):
         (blpo, "ProbeBrokenReset-v0"),
     ],
 )
-def test_non_finite_observation_stops_the_run(script, name, tmp_path):
-    flags = (
-        *TINY,
-        "--env-id",
-        f"tests.probe_envs:{name}",
-        "--total-timesteps",
-        10_000,
-        "--runs-dir",
-        tmp_path,
-    )
-    out, err = run(script, *flags, env={"PYTHONPATH": str(ROOT)}, status=1)
+def test_non_finite_observation_stops_the_run(script, name, tmp_path, capsys):
+    flags = [*TINY, "--env-id", f"tests.probe_envs:{name}", "--total-timesteps", 10_000]
+    err = stopped(script, capsys, tmp_path, *flags)
     (folder,) = tmp_path.iterdir()
-    assert (
-        err.count("\n") == 1
-        and name in err
-        and "non-finite observation" in err
-        and "step " in err
-        and str(folder) in err
-    )
+    assert name in err and "non-finite observation" in err and "step " in err and str(folder) in err
     step = int(err.split("step ")[1].split(")")[0])
     table = rows(folder / "progress.csv")
     assert table[-1]["global_step"] <= step < table[-1]["global_step"] + 64 and rows(folder / "episodes.csv")
@@ -684,7 +689,7 @@ PROBE = [
     "--no-norm-obs",
     "--no-norm-reward",
 ]
-PROBE += ["--actor-lr", 3e-3, "--critic-lr", 3e-3, "--eval-episodes", 1, "--total-timesteps", 15_000]
+PROBE += ["--actor-lr", 3e-3, "--critic-lr", 3e-3, "--eval-episodes", 1, "--total-timesteps", 5_000]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -693,7 +698,7 @@ PROBE += ["--actor-lr", 3e-3, "--critic-lr", 3e-3, "--eval-episodes", 1, "--tota
 )
 def test_probe_actions_and_values(script, name, steps, best, value, tmp_path):
     env_id = f"tests.probe_envs:Probe{name}-v0"
-    folder = train(script, tmp_path, *PROBE, "--env-id", env_id, "--gamma", 0.9)
+    folder = train(script, tmp_path, *PROBE, "--env-id", env_id, "--gamma", 0.9, "--total-timesteps", 10_000)
     actor, critic, _ = load(script, folder)
     obs = torch.tensor(steps)[:, None]
     assert float(actor.net(obs).detach()[-1]) == pytest.approx(best, abs=0.15)
@@ -729,9 +734,9 @@ def test_probe_choices_and_values(script, tmp_path):
     assert rows(folder / "evaluation.csv")[0] == {"return": 1, "length": 2, "cut": 0}
 
 
-@pytest.mark.parametrize("script", DISCRETE)
-def test_learns_to_balance_a_little(script, tmp_path):
-    folder = train(script, tmp_path, "--total-timesteps", 30_000, "--env-id", "CartPole-v1")
+@pytest.mark.parametrize("script, steps", [(ppo_discrete, 30_000), (blpo_discrete, 20_000)])
+def test_learns_to_balance_a_little(script, steps, tmp_path):
+    folder = train(script, tmp_path, "--total-timesteps", steps, "--env-id", "CartPole-v1")
     assert (
         rows(folder / "progress.csv")[-1]["return_100"]
         > 80
@@ -780,8 +785,8 @@ def test_next_observations_are_the_true_ones(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def walker(tmp_path_factory):
-    """61,440 steps of Walker2d-v4 under default flags, and the last moment that its hypergradient was made
-    from."""
+    """The first 36,864 steps of Walker2d-v4 under default flags, and the last moment that its hypergradient
+    was made from."""
     last = {}
     leader_gradient = blpo.leader_gradient
     curvature = blpo.curvature
@@ -799,7 +804,7 @@ def walker(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blpo, "leader_gradient", see_actor)
         patch.setattr(blpo, "curvature", see_critic)
-        flags = ["--env-id", "Walker2d-v4", "--total-timesteps", 61_440]
+        flags = ["--env-id", "Walker2d-v4", "--total-timesteps", 36_864, "--anneal-timesteps", 10**6]
         folder = train(blpo, tmp_path_factory.mktemp("walker"), *flags)
     return folder, last["moment"]
 
