@@ -20,7 +20,8 @@ import ppo_discrete
 import sobirl_continuous as sobirl
 from support import environments, flags, run_folder
 from support.flags import check_ranges, parse_args
-from tests.test_scripts import DISCRETE, ROOT, SCRIPTS, TINY, load, refused, rows, run, train
+from tests.test_scripts import DISCRETE, ROOT, SCRIPTS, TINY, load, refused, rows, train
+from tests.test_scripts import stand_in_for_wandb
 
 PROBES = "tests.probe_envs:Probe"
 PENDULUM = [*TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 640]
@@ -30,6 +31,33 @@ SAC += ["--outer-steps", 20, "--total-timesteps", 100, "--eval-episodes", 1]
 
 def probe(name, *more):
     return [*TINY, "--env-id", f"{PROBES}{name}-v0", "--total-timesteps", 640, *more]
+
+
+# Runs every file of `commands` as a script; a word that ends with * is the only path that begins so
+IN_TURN = """
+import glob, os, runpy, sys
+streams = [(stream, stream.errors) for stream in (sys.stdout, sys.stderr)]
+for words in commands:
+    words = [glob.glob(word)[0] if word.endswith("*") else word for word in words]
+    for stream, errors in streams:
+        stream.reconfigure(errors=errors)  # as it was for the first of them
+    sys.argv, sys.path[0] = words, os.path.dirname(words[0])
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as stop:
+        assert not stop.code, words
+    print("end of", os.path.basename(words[0]))
+"""
+
+
+def run_in_turn(*commands, env):
+    """Scripts with their flags, one after the other in a process of their own, which imports PyTorch once; its
+    output in bytes."""
+    words = [list(map(str, command)) for command in commands]
+    program = f"commands = {ascii(words)}\n{IN_TURN}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=os.environ | env)
+    assert done.returncode == 0 and done.stdout.count(b"end of") == len(commands), done
+    return done
 
 
 # Foreign exceptions
@@ -74,14 +102,14 @@ def test_pictures_are_announced(tmp_path, capsys):
     assert "(84, 84, 3) are flattened to 21,168 numbers" in err and err.count("\n") == 1
 
 
-def test_an_environment_that_ends_the_process_is_an_error(tmp_path, capsys):
+def test_an_environment_that_ends_the_process_is_an_error(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         train(ppo, tmp_path, *probe("Leaves", "--total-timesteps", 6400))
     assert stop.value.code == 1 and "SystemExit: 0" in capsys.readouterr().err
     (tmp_path / "leaving.py").write_text("import sys\nsys.exit(0)\n")
-    env = {"PYTHONPATH": str(tmp_path)}
-    _, err = run(ppo, "--env-id", "leaving:X-v0", "--runs-dir", tmp_path / "none", env=env, status=2)
-    assert "SystemExit: 0" in err and err.count("\n") == 1
+    monkeypatch.syspath_prepend(str(tmp_path))
+    flags_ = ["--env-id", "leaving:X-v0", "--runs-dir", tmp_path / "none"]
+    assert "SystemExit: 0" in refused(ppo, capsys, *flags_)
 
 
 def test_an_exception_that_cannot_be_shown_has_a_type(capsys):
@@ -137,7 +165,7 @@ def test_long_evaluations_say_how_far_they_are(tmp_path, capsys, monkeypatch):
 # Modules and files beside the user
 
 
-def test_a_module_in_the_current_folder_is_found(tmp_path):
+def test_a_module_in_the_current_folder_is_found(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
         "import gymnasium\nentry = 'gymnasium.envs.classic_control.pendulum:PendulumEnv'\n"
         "gymnasium.register('Mine-v0', entry, max_episode_steps=20)\n"
@@ -146,8 +174,10 @@ def test_a_module_in_the_current_folder_is_found(tmp_path):
     done = subprocess.run([*script, "--env-id", "mine:Mine-v0"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "runs").iterdir()
-    evaluate = [sys.executable, f"{ROOT}/blpo_continuous.py", "--evaluate", folder, "--eval-episodes", "1"]
-    assert subprocess.run(evaluate, cwd=tmp_path, capture_output=True).returncode == 0
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])  # without the current folder
+    blpo.main(["--evaluate", str(folder), "--eval-episodes", "1"])
+    del sys.modules["mine"], environments.gym.registry["Mine-v0"]
     settings = os.environ | dict(ENVS="mine:Mine-v0", METHODS="nested", SEEDS="1", PYTHON=sys.executable)
     benchmark = ["bash", f"{ROOT}/benchmark.sh", "--dry-run"]
     dry = subprocess.run(benchmark, cwd=tmp_path, env=settings, capture_output=True, text=True)
@@ -156,20 +186,20 @@ def test_a_module_in_the_current_folder_is_found(tmp_path):
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_any_encoding_of_the_terminal(encoding, tmp_path):
-    env = {"PYTHONIOENCODING": encoding}
-    command = [sys.executable, f"{ROOT}/ppo_continuous.py", *map(str, PENDULUM), "--exp-name", "\u96ea"]
-    done = subprocess.run([*command, "--runs-dir", tmp_path], capture_output=True, env=os.environ | env)
-    assert done.returncode == 0 and b"evaluation" in done.stdout and not done.stderr, done.stderr
-    (folder,) = tmp_path.iterdir()
+    script, plot = ROOT / "ppo_continuous.py", ROOT / "tools" / "plot.py"
+    places = ["--results-dir", tmp_path / "results", "--figures-dir", tmp_path / "figures"]
+    done = run_in_turn(
+        [script, *PENDULUM, "--exp-name", "\u96ea", "--runs-dir", tmp_path / "runs"],
+        [script, "--help"],
+        [script, "--evaluate", f"{tmp_path}/runs/*"],
+        [plot, "--runs-dir", tmp_path / "runs", *places],
+        env={"PYTHONIOENCODING": encoding},
+    )
+    assert done.stdout.count(b"evaluation, ") == 2 and not done.stderr, done
+    (folder,) = (tmp_path / "runs").iterdir()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["flags"]["exp_name"] == "\u96ea"
-    for more in (["--help"], ["--evaluate", folder]):
-        done = subprocess.run([*command[:2], *more], capture_output=True, env=os.environ | env)
-        assert done.returncode == 0 and not done.stderr, done.stderr
-    plot = [sys.executable, f"{ROOT}/tools/plot.py", "--runs-dir", tmp_path]
-    places = ["--results-dir", tmp_path / "results", "--figures-dir", tmp_path / "figures"]
-    done = subprocess.run([*plot, *places], capture_output=True, env=os.environ | env)
-    assert done.returncode == 0 and (tmp_path / "results" / "tables.md").exists(), done.stderr
+    assert (tmp_path / "results" / "tables.md").exists()
 
 
 def test_names_of_other_alphabets_are_kept_apart(tmp_path):
@@ -206,21 +236,17 @@ def test_where_files_cannot_be_locked_runs_go_on(problem, tmp_path, capsys, monk
     assert err.count("note: files cannot be locked here") == 2 and err.count("\n") == 2
 
 
-@pytest.mark.parametrize("script, given", [("ppo", PENDULUM), ("sobirl", SAC)])
-def test_nothing_that_only_unix_has_is_needed(tmp_path, script, given):
+def test_nothing_that_only_unix_has_is_needed(tmp_path):
     """Import, training and resume with fcntl, resource, pwd, grp and os.pwrite hidden, as on Windows."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\nfor name in ('fcntl', 'resource', 'pwd', 'grp', 'termios'):\n"
         "    sys.modules[name] = None\ndel os.pwrite, os.pread\n"
     )
-    env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, f"{ROOT}/{script}_continuous.py"]
-    arguments = [*map(str, given), "--runs-dir", tmp_path / "runs"]
-    done = subprocess.run([*command, *arguments], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (folder,) = (tmp_path / "runs").iterdir()
-    done = subprocess.run([*command, "--resume", folder], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    commands = []
+    for name, given in (("ppo", PENDULUM), ("sobirl", SAC)):
+        script, runs = ROOT / f"{name}_continuous.py", tmp_path / name
+        commands += [[script, *given, "--runs-dir", runs], [script, "--resume", f"{runs}/*"]]
+    run_in_turn(*commands, env={"PYTHONPATH": str(tmp_path)})
 
 
 def test_scripts_and_support_import_nothing_that_only_unix_has(monkeypatch):
@@ -238,20 +264,26 @@ def test_scripts_and_support_import_nothing_that_only_unix_has(monkeypatch):
     assert not {"fcntl", "resource", "pwd", "termios"} & set(seen)
 
 
-def test_wandb_knows_a_renamed_run(tmp_path):
+def test_wandb_knows_a_renamed_run(tmp_path, monkeypatch):
     """The id is in config.json, not in the folder's name."""
-    log = tmp_path / "log"
-    (tmp_path / "wandb.py").write_text(
-        "class R:\n    def log(self, row, step): pass\n    def finish(self): pass\n"
-        f"def init(**k):\n    print(k['id'], file=open({str(log)!r}, 'a'))\n    return R()\n"
-    )
-    env = {"PYTHONPATH": str(tmp_path)}
-    run(ppo, *PENDULUM, "--track", "--runs-dir", tmp_path / "runs", env=env)
-    (folder,) = (tmp_path / "runs").iterdir()
-    renamed = folder.rename(tmp_path / "runs" / "a better name")
-    run(ppo, "--resume", renamed, env=env)
-    first, second = log.read_text().split()
-    assert first == second == folder.name
+    seen = []
+
+    class Broadcast:
+        def log(self, row, step):
+            pass
+
+        def finish(self):
+            pass
+
+    def init(id, **_):
+        seen.append(id)
+        return Broadcast()
+
+    stand_in_for_wandb(monkeypatch, init)
+    folder = train(ppo, tmp_path, *PENDULUM, "--track")
+    renamed = folder.rename(tmp_path / "a better name")
+    ppo.main(["--resume", str(renamed)])
+    assert seen == [folder.name] * 2
 
 
 # Numbers
@@ -533,8 +565,8 @@ def test_the_command_that_goes_on_is_one(tmp_path, monkeypatch, capsys):
 def test_boxes_of_any_size_are_learned_alike(script, tmp_path):
     """A box of +-2,000 with its best action at 1,000, and the same task in +-1: the same numbers."""
     learn = ["--num-envs", 8, "--num-steps", 16, "--num-minibatches", 2, "--update-epochs", 4]
-    learn += ["--no-norm-obs", "--no-norm-reward", "--actor-lr", 3e-3, "--critic-lr", 3e-3]
-    learn += ["--total-timesteps", 12_000, "--eval-episodes", 1]
+    learn += ["--no-norm-obs", "--no-norm-reward", "--actor-lr", 1e-2, "--critic-lr", 3e-3]
+    learn += ["--total-timesteps", 5_000, "--eval-episodes", 1]
 
     def play(name, *more):
         return train(script, tmp_path / name, *learn, "--env-id", f"{PROBES}{name}-v0", *more)
