@@ -51,8 +51,8 @@ for words in commands:
 
 
 def run_in_turn(*commands, env):
-    """Scripts with their flags, one after the other in a process of their own, which imports PyTorch once; its
-    output in bytes."""
+    """Scripts with their flags, one after the other in a process of their own, which imports PyTorch once;
+    what they print, in bytes."""
     words = [list(map(str, command)) for command in commands]
     program = f"commands = {ascii(words)}\n{IN_TURN}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=os.environ | env)
