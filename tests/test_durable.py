@@ -13,8 +13,10 @@ import string
 import subprocess
 import sys
 import time
+import types
 import typing
 import warnings
+from pathlib import Path
 
 import gymnasium as gym
 import hypothesis
@@ -26,7 +28,8 @@ import torch
 import blpo_continuous as blpo
 import ppo_continuous as ppo
 from support import environments, evaluation, run_folder
-from tests.test_scripts import DISCRETE, ROOT, SCRIPTS, TINY, refused, rows, run, start, train
+from tests.test_scripts import DISCRETE, ROOT, SCRIPTS, TINY, begun_together, refused, rows, run, start
+from tests.test_scripts import stopped, train
 
 SMALL = [*TINY, "--env-id", "Hopper-v4", "--total-timesteps", 1280, "--checkpoint-every", 3]  # 20 iterations
 SMALL_OF = {
@@ -100,11 +103,33 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing catches it."""
 
 
+class Reference(typing.NamedTuple):
+    """A whole run, and what SIGKILL would have left of it."""
+
+    script: types.ModuleType
+    contents: tuple
+    moments: Path  # by iteration, copies of its folder
+
+    def killed(self, iteration, tmp_path):
+        """The folder of a run that died in the middle of this iteration, having written half a row."""
+        folder = only(self.moments / str(iteration))
+        return shutil.copytree(folder, tmp_path / folder.name)
+
+
 @pytest.fixture(scope="module", params=SCRIPTS + DISCRETE, ids=lambda script: script.__name__)
 def reference(request, tmp_path_factory):
-    return request.param, contents(
-        train(request.param, tmp_path_factory.mktemp("reference"), *SMALL_OF[request.param])
-    )
+    moments, log = tmp_path_factory.mktemp("moments"), run_folder.Run.log
+
+    def copy_and_log(self, row, line):
+        copy = shutil.copytree(self.folder, moments / str(row["global_step"] // 64 - 1) / self.folder.name)
+        with open(copy / "progress.csv", "a") as progress:
+            progress.write("7,7")
+        log(self, row, line)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_folder.Run, "log", copy_and_log)
+        folder = train(request.param, tmp_path_factory.mktemp("reference"), *SMALL_OF[request.param])
+    return Reference(request.param, contents(folder), moments)
 
 
 def interrupted(script, tmp_path, monkeypatch, iteration, *flags):
@@ -125,9 +150,9 @@ def interrupted(script, tmp_path, monkeypatch, iteration, *flags):
 
 
 @pytest.mark.parametrize("iteration", [0, 2, 3, 7, 18, 19])
-def test_resume_is_byte_identical(reference, iteration, tmp_path, monkeypatch):
-    script, expected = reference
-    folder = interrupted(script, tmp_path, monkeypatch, iteration, *SMALL_OF[script])
+def test_resume_is_byte_identical(reference, iteration, tmp_path):
+    script, expected, _ = reference
+    folder = reference.killed(iteration, tmp_path)
     assert script.main(["--resume", str(folder)]) == folder
     assert contents(folder) == expected
     assert len(list(tmp_path.iterdir())) == 1  # in place
@@ -215,11 +240,17 @@ def test_kills_at_random_moments(script, tmp_path):
     assert contents(folder) == expected
 
 
+SIGNALLED = [*TINY, "--env-id", "Hopper-v4", "--total-timesteps", 3_200, "--checkpoint-every", 10_000]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return contents(train(ppo, tmp_path_factory.mktemp("undisturbed"), *SIGNALLED))
+
+
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_finish_the_iteration(number, status, tmp_path):
-    flags = [*TINY, "--env-id", "Hopper-v4", "--total-timesteps", 6_400, "--checkpoint-every", 10_000]
-    expected = contents(train(ppo, tmp_path / "reference", *flags))
-    process = start(ppo, *flags, "--runs-dir", tmp_path / "runs")
+def test_signals_finish_the_iteration(number, status, undisturbed, tmp_path, monkeypatch):
+    process = start(ppo, *SIGNALLED, "--runs-dir", tmp_path / "runs")
     wait_for(
         lambda: any(len(path.read_text().splitlines()) > 8 for path in tmp_path.glob("runs/*/progress.csv")),
         process,
@@ -229,15 +260,15 @@ def test_signals_finish_the_iteration(number, status, tmp_path):
     assert process.returncode == status and "Traceback" not in err
     line = err.splitlines()[-1]
     assert line.startswith("stopped at step")
-    again = subprocess.run(
-        [sys.executable, *shlex.split(line.split(": python ")[1])], cwd=ROOT, capture_output=True, text=True
-    )
-    assert again.returncode == 0, again.stderr
-    assert contents(only(tmp_path / "runs")) == expected
+    monkeypatch.chdir(ROOT)
+    path, *again = shlex.split(line.split(": python ")[1])
+    assert Path(path).samefile(ppo.__file__)
+    ppo.main(again)
+    assert contents(only(tmp_path / "runs")) == undisturbed
 
 
 def test_evaluations_leave_training_untouched(reference, tmp_path):
-    script, (table, episodes, weights) = reference
+    script, (table, episodes, weights), _ = reference
     folder = train(script, tmp_path, *SMALL_OF[script], "--eval-every", 4)
     more, same_episodes, same_weights = contents(folder)
     assert (same_episodes, same_weights) == (episodes, weights)
@@ -251,8 +282,8 @@ def test_evaluations_leave_training_untouched(reference, tmp_path):
 
 
 def test_going_on_from_an_older_checkpoint_and_killed_again(reference, tmp_path, monkeypatch):
-    script, expected = reference
-    folder = interrupted(script, tmp_path, monkeypatch, 11, *SMALL_OF[script])
+    script, expected, _ = reference
+    folder = reference.killed(11, tmp_path)
     older = folder / "checkpoint.previous.pt"
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(
@@ -345,18 +376,21 @@ def test_nobody_listens(number, status, tmp_path):
     process.send_signal(number)
     assert process.wait(timeout=60) == status
     assert torch.load(only(tmp_path) / "checkpoint.pt", weights_only=True)["iteration"] == lines() - 1
-    with open("/dev/full", "w") as full:  # or a disk that is full under the log file
-        process = start(ppo, *SMALL, "--runs-dir", tmp_path / "full", stdout=full)
+
+
+def test_the_disk_is_full_under_the_log_file(tmp_path):
+    with open("/dev/full", "w") as full:
+        process = start(ppo, *SMALL, "--runs-dir", tmp_path, stdout=full)
     assert process.wait(timeout=60) == 0
-    assert (only(tmp_path / "full") / "evaluation.csv").exists()
+    assert (only(tmp_path) / "evaluation.csv").exists()
 
 
 # Evaluate
 
 
 def test_evaluate(reference, tmp_path, capsys):
-    script, _ = reference
-    folder = train(script, tmp_path, *SMALL_OF[script], "--seed", 3)
+    script = reference.script
+    folder = train(script, tmp_path, *SMALL_OF[script], "--total-timesteps", 320, "--seed", 3)
     before = contents(folder)
     capsys.readouterr()
 
@@ -365,17 +399,14 @@ def test_evaluate(reference, tmp_path, capsys):
         return capsys.readouterr().out
 
     out = evaluate("--eval-episodes", 1)
-    assert (
-        "1 deterministic episodes" in out
-        and f"return {rows(folder / 'evaluation.csv')[0]['return']:.1f} ±" in out
-        and "length" in out
-    )
-    assert evaluate("--eval-episodes", 5) == evaluate("--eval-episodes", 5)
-    noisy = evaluate("--eval-episodes", 5, "--eval-stochastic")
-    assert "5 stochastic episodes" in noisy and noisy == evaluate("--eval-episodes", 5, "--eval-stochastic")
+    expected = f"return {rows(folder / 'evaluation.csv')[0]['return']:.1f} ±"
+    assert "1 deterministic episodes" in out and expected in out and "length" in out
+    two, noisy = evaluate("--eval-episodes", 2), evaluate("--eval-episodes", 2, "--eval-stochastic")
+    assert evaluate("--eval-episodes", 2) == two
+    assert "2 stochastic episodes" in noisy and noisy == evaluate("--eval-episodes", 2, "--eval-stochastic")
     if script in SCRIPTS:  # an untrained Acrobot takes its 500 steps in any case
-        assert evaluate("--eval-episodes", 5) != evaluate("--eval-episodes", 5, "--seed", 9)
-        assert noisy.split("return")[1] != evaluate("--eval-episodes", 5).split("return")[1]
+        assert evaluate("--eval-episodes", 2, "--seed", 9) != two
+        assert noisy.split("return")[1] != two.split("return")[1]
     assert contents(folder) == before
     (folder / "model.pt").unlink()
     assert evaluate("--eval-episodes", 1) == out  # from the last checkpoint
@@ -465,15 +496,13 @@ def test_a_video_of_what_has_no_such_camera():
 
 
 def test_disk_full(tmp_path):
-    """A tmpfs too small for the run: it stops in one line, the last checkpoint loads, and with more room it
-    ends as ever."""
-    run = f"{sys.executable} {ROOT}/ppo_continuous.py"
+    """A tmpfs too small for the run: it stops in one line, the last checkpoint loads, and where there is more
+    room it ends as ever."""
     script = f"""
         mount -t tmpfs -o size=250k none {tmp_path}/disk || exit 77
-        {run} {" ".join(map(str, SMALL))} --runs-dir {tmp_path}/disk
+        {sys.executable} {ROOT}/ppo_continuous.py {" ".join(map(str, SMALL))} --runs-dir {tmp_path}/disk
         echo status $?
-        mount -o remount,size=10m {tmp_path}/disk
-        {run} --resume {tmp_path}/disk/* && cp -r {tmp_path}/disk {tmp_path}/saved
+        cp -r {tmp_path}/disk {tmp_path}/saved
     """
     (tmp_path / "disk").mkdir()
     unshare = ["unshare", "-rm", "sh", "-c", script]
@@ -489,13 +518,16 @@ def test_disk_full(tmp_path):
         and "--resume" in done.stderr
     )
     assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1, done.stderr
-    assert contents(only(tmp_path / "saved")) == contents(train(ppo, tmp_path / "reference", *SMALL))
+    folder = only(tmp_path / "saved")
+    assert not (folder / "model.pt").exists()
+    ppo.main(["--resume", str(folder)])
+    assert contents(folder) == contents(train(ppo, tmp_path / "reference", *SMALL))
 
 
 def test_quota(tmp_path):
     """A limit on the size of files stands for a quota: progress.csv cannot grow, its torn row is measured
     again."""
-    limited = f"ulimit -f 90; exec {sys.executable} {ROOT}/ppo_continuous.py {' '.join(TINY)}"
+    limited = f"ulimit -f 25; exec {sys.executable} {ROOT}/ppo_continuous.py {' '.join(TINY)}"
     limited += " --env-id Pendulum-v1"
     limited += f" --total-timesteps 200000 --checkpoint-every 50 --hidden-size 4 --runs-dir {tmp_path}"
     done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True)
@@ -505,9 +537,9 @@ def test_quota(tmp_path):
     assert torch.load(only(tmp_path) / "checkpoint.pt", weights_only=True)["iteration"] > 0
 
 
-def test_damaged_checkpoint(reference, tmp_path, monkeypatch, capsys):
-    script, expected = reference
-    folder = interrupted(script, tmp_path, monkeypatch, 11, *SMALL_OF[script])
+def test_damaged_checkpoint(reference, tmp_path, capsys):
+    script, expected, _ = reference
+    folder = reference.killed(11, tmp_path)
     checkpoint = folder / "checkpoint.pt"
     whole = checkpoint.read_bytes()
     for data in (
@@ -634,36 +666,29 @@ def test_a_foreign_checkpoint_is_not_executed(tmp_path, capsys):
         assert text.count("torch.load(") == text.count("weights_only=True)") and "pickle" not in text
 
 
-def test_run_folder_deleted_meanwhile(tmp_path):
-    process = start(ppo, *TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 10**7, "--runs-dir", tmp_path)
-    wait_for(lambda: any(path.stat().st_size > 1000 for path in tmp_path.glob("*/progress.csv")), process)
-    shutil.rmtree(only(tmp_path))
-    out, err = process.communicate(timeout=60)
-    assert (
-        process.returncode == 1 and "cannot write" in err and "No such file" in err and err.count("\n") == 1
-    ), err
+def test_run_folder_deleted_meanwhile(tmp_path, monkeypatch, capsys):
+    log = run_folder.Run.log
+
+    def log_and_delete(self, row, line):
+        log(self, row, line)
+        if row["global_step"] == 640:
+            shutil.rmtree(self.folder)
+
+    monkeypatch.setattr(run_folder.Run, "log", log_and_delete)
+    err = stopped(ppo, capsys, tmp_path, *TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 10**7)
+    assert "cannot write" in err and "No such file" in err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize(
     "name, what", [("Raises", "RuntimeError: the robot fell off the table"), ("Reshapes", "ValueError")]
 )
-def test_failing_environment(name, what, tmp_path):
-    flags = [
-        *TINY,
-        "--env-id",
-        f"tests.probe_envs:Probe{name}-v0",
-        "--total-timesteps",
-        10_000,
-        "--checkpoint-every",
-        2,
-        "--runs-dir",
-        tmp_path,
-    ]
-    out, err = run(blpo, *flags, status=1, env={"PYTHONPATH": str(ROOT)})
+def test_failing_environment(name, what, tmp_path, capsys):
+    env_id = f"tests.probe_envs:Probe{name}-v0"
+    flags = [*TINY, "--env-id", env_id, "--total-timesteps", 10_000, "--checkpoint-every", 2]
+    err = stopped(blpo, capsys, tmp_path, *flags)
     folder = only(tmp_path)
-    assert (
-        err.count("\n") == 1 and what in err and f"Probe{name}-v0 failed at step" in err and "--resume" in err
-    ), err
+    assert what in err and f"Probe{name}-v0 failed at step" in err and "--resume" in err
     assert "Traceback" in (folder / "error.txt").read_text()
     step = int(err.split("failed at step ")[1].split(":")[0])
     assert step - 64 <= rows(folder / "progress.csv")[-1]["global_step"] < step and rows(
@@ -733,16 +758,7 @@ def test_two_processes_cannot_write_one_run(tmp_path, capsys, monkeypatch):
     assert "another process" in refused(ppo, capsys, "--resume", folder)
     process.kill()
     process.wait()
-    first, second = (start(ppo, "--resume", folder) for _ in range(2))
-    wait_for(
-        lambda: None not in (first.poll(), second.poll()) or 2 in (first.poll(), second.poll()),
-        first if first.poll() is None else second,
-    )
-    codes = {first.poll(), second.poll()}
-    for process in (first, second):
-        process.kill()
-        process.communicate()
-    assert codes == {None, 2}
+    assert begun_together(2, ppo, "--resume", folder, until_one_ends=True) == [-signal.SIGKILL, 2]
 
 
 # Any command line: training starts, or one line names the flag

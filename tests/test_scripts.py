@@ -68,6 +68,38 @@ def run(script, *flags, env=None, status=0):
     return out, err
 
 
+FORKS = """
+import multiprocessing, multiprocessing.connection
+
+def one():
+    begin.wait()
+    script.main(flags)
+
+context = multiprocessing.get_context("fork")
+begin = context.Barrier(count)
+processes = [context.Process(target=one) for _ in range(count)]
+for process in processes:
+    process.start()
+if until_one_ends:
+    multiprocessing.connection.wait([process.sentinel for process in processes], timeout=60)
+    for process in processes:
+        process.kill()  # of no consequence where it has ended
+for process in processes:
+    process.join()
+print(*sorted(process.exitcode for process in processes))
+"""
+
+
+def begun_together(count, script, *flags, until_one_ends=False):
+    """Several processes with the same flags, which have imported PyTorch and wait for each other before they
+    begin: their exit codes. With until_one_ends the others are killed then."""
+    program = f"import {script.__name__} as script\nflags = {list(map(str, flags))}\n"
+    program += f"count, until_one_ends = {count}, {until_one_ends}\n{FORKS}"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return list(map(int, done.stdout.splitlines()[-1].split()))
+
+
 def train(script, tmp_path, *flags):
     """The script's own functions in this process, which saves the seconds of the imports; the run folder."""
     return script.main([*map(str, flags), "--runs-dir", str(tmp_path)])
@@ -267,28 +299,8 @@ def test_a_killed_run_keeps_what_it_measured(tmp_path, monkeypatch):
 
 
 def test_two_runs_in_the_same_second_get_two_folders(tmp_path):
-    """Three, of processes that have imported PyTorch and wait for each other."""
-    flags = [*TINY, "--env-id", "Pendulum-v1", "--total-timesteps", "128", "--runs-dir", str(tmp_path)]
-    program = f"""if True:
-        import multiprocessing
-        import ppo_continuous
-
-        context = multiprocessing.get_context("fork")
-        begin = context.Barrier(3)
-
-        def train():
-            begin.wait()
-            ppo_continuous.main({flags})
-
-        processes = [context.Process(target=train) for _ in range(3)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        print([process.exitcode for process in processes])
-        """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == "[0, 0, 0]", done.stderr
+    flags = [*TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 128, "--runs-dir", tmp_path]
+    assert begun_together(3, ppo, *flags) == [0, 0, 0]
     assert len(list(tmp_path.glob("*/model.pt"))) == 3
 
 
