@@ -667,16 +667,19 @@ def test_a_foreign_checkpoint_is_not_executed(tmp_path, capsys):
 
 
 def test_run_folder_deleted_meanwhile(tmp_path, monkeypatch, capsys):
-    log = run_folder.Run.log
+    log, seen = run_folder.Run.log, []
 
     def log_and_delete(self, row, line):
+        seen.append(row["global_step"])
         log(self, row, line)
         if row["global_step"] == 640:
             shutil.rmtree(self.folder)
 
     monkeypatch.setattr(run_folder.Run, "log", log_and_delete)
-    err = stopped(ppo, capsys, tmp_path, *TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 10**7)
+    flags = [*TINY, "--env-id", "Pendulum-v1", "--total-timesteps", 1280, "--checkpoint-every", 100]
+    err = stopped(ppo, capsys, tmp_path, *flags)
     assert "cannot write" in err and "No such file" in err and not list(tmp_path.iterdir())
+    assert seen[-1] == 704  # the next row was the last
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
