@@ -5,7 +5,6 @@ sum over actions, and the script as a user meets it."""
 import functools
 import json
 import math
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,10 +21,9 @@ from support.environments import Image, image_of, make_env
 from support.flags import parse_args
 from support.preferences import Pairs, margins_of
 from support.replay import Replay
-from support.run_folder import PREVIOUS
 from tests.probe_envs import Lights, Switches, Table, Wander
 from tests.test_leader import enumerated, true_reward
-from tests.test_sac import assert_true_steps, contents, flat, interrupted
+from tests.test_sac import assert_it_goes_on, assert_true_steps, contents, flat, whole_and_killed
 from tests.test_scripts import ROOT, refused, rows, run, train
 
 SMALL = ["--hidden-size", 8, "--batch-size", 8, "--eval-episodes", 1, "--outer-steps", 20]
@@ -571,7 +569,7 @@ def test_flags_change_the_run(tmp_path):
         ["--method", "sobirl", "--hyper-pairs", "queue"],
         ["--method", "sobirl", "--no-baseline"],
     ]
-    few = ["--total-timesteps", 120, "--eval-episodes", 0]
+    few = ["--total-timesteps", 100, "--eval-episodes", 0]
     found = [contents(train(sobirl, tmp_path, *POLE, *few, *given))["model"] for given in variants]
     for i, one in enumerate(found):
         assert all(one != other for other in found[:i]), variants[i]
@@ -640,18 +638,14 @@ def test_on_tensors_a_run_is_the_same(method, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["sac", "sobirl", "pbrl"])
-def test_resume_is_byte_identical(method, tmp_path, monkeypatch):
+def test_resume_is_byte_identical(method, tmp_path):
     """Its ring goes round, and its episodes end in the middle of iterations."""
     given = [*POLE, "--method", method, "--keep-replay", "--buffer-size", 60, "--update-frequency", 3]
-    expected = contents(train(sobirl, tmp_path / "reference", *given))
+    folder, killed = whole_and_killed(tmp_path, [75, 133, 215], *given, script=sobirl)
+    expected = contents(folder)
     assert contents(train(sobirl, tmp_path / "again", *given)) == expected
-    for step in (75, 133, 215):
-        folder = interrupted(tmp_path / str(step), monkeypatch, step, *given, script=sobirl)
-        shutil.copytree(folder, tmp_path / f"{step} again" / folder.name)
-        assert contents(sobirl.main(["--resume", str(folder)])) == expected
-        older = tmp_path / f"{step} again" / folder.name / PREVIOUS
-        if older.exists():
-            assert contents(sobirl.main(["--resume", str(older)])) == expected
+    for step in killed:
+        assert_it_goes_on(killed[step], tmp_path / f"{step} again", expected, script=sobirl)
 
 
 def test_evaluate(tmp_path, capsys):

@@ -4,7 +4,6 @@ and pbrl."""
 
 import itertools
 import math
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +20,7 @@ from support.replay import Replay
 from support.run_folder import PREVIOUS
 from tests.test_preferences import HOPPER, PENDULUM, flags, reward_net
 from tests.test_replay import memory, steps
-from tests.test_sac import contents, flat, interrupted
+from tests.test_sac import assert_it_goes_on, contents, flat, whole_and_killed
 from tests.test_scripts import refused, rows, train
 
 
@@ -427,29 +426,26 @@ def test_flags_change_the_run(tmp_path):
         ["--hyper-batch-size", 4],
         ["--hyper-actions", 3],
         ["--hyper-steps", 2],
-        ["--hyper-start", 120],
+        ["--hyper-start", 100],
         ["--hyper-coef-max", 1e-3],
         ["--no-baseline"],
         ["--method", "drlhf"],
         ["--method", "pbrl"],
         ["--method", "pbrl", "--penalty", 2],
     ]
-    few = ["--total-timesteps", 160, "--eval-episodes", 0, "--hyper-bound", 0.02]
+    few = ["--total-timesteps", 120, "--eval-episodes", 0, "--hyper-bound", 0.02]
     found = [contents(train(sobirl, tmp_path, *SOBIRL, *few, *given))["model"] for given in variants]
     for i, one in enumerate(found):
         assert all(one != other for other in found[:i]), variants[i]
 
 
 @pytest.mark.parametrize("method", ["sobirl", "hpgd", "pbrl"])
-def test_resume_is_byte_identical(method, tmp_path, monkeypatch):
+def test_resume_is_byte_identical(method, tmp_path):
     given = [*HOPPER, "--method", method, "--hyper-batch-size", 3]
-    expected = contents(train(sobirl, tmp_path / "reference", *given))
-    for step in (133, 215):
-        folder = interrupted(tmp_path / str(step), monkeypatch, step, *given)
-        shutil.copytree(folder, tmp_path / f"{step} again" / folder.name)
-        assert contents(sobirl.main(["--resume", str(folder)])) == expected
-        older = tmp_path / f"{step} again" / folder.name / PREVIOUS
-        assert contents(sobirl.main(["--resume", str(older)])) == expected
+    folder, killed = whole_and_killed(tmp_path, [133, 215], *given)
+    expected = contents(folder)
+    for step in killed:
+        assert_it_goes_on(killed[step], tmp_path / f"{step} again", expected)
 
 
 @pytest.mark.parametrize("env_id", ["Pendulum-v1", "Hopper-v4"])

@@ -3,7 +3,6 @@ sobirl_continuous.py --method drlhf and random as a user meets them."""
 
 import functools
 import math
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +19,7 @@ from support.preferences import margins_of, ranks
 from support.replay import LAST, Replay
 from support.run_folder import PREVIOUS
 from tests.test_replay import Args, FakeRun, memory, steps
-from tests.test_sac import DURABLE, QUERY, SMALL, contents, flat, interrupted
+from tests.test_sac import DURABLE, QUERY, SMALL, assert_it_goes_on, contents, flat, whole_and_killed
 from tests.test_scripts import refused, rows, train
 
 PENDULUM = [*SMALL, *QUERY, "--env-id", "Pendulum-v1", "--method", "drlhf"]
@@ -392,23 +391,21 @@ def test_after_the_budget_the_reward_stays(tmp_path):
     assert math.isfinite(table[-1]["accuracy_fresh"])
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    return contents(train(sobirl, tmp_path_factory.mktemp("reference"), *HOPPER))
-
-
 HOPPER = [*DURABLE, *QUERY, "--method", "drlhf", "--buffer-size", 90, "--labels", "bernoulli"]
 HOPPER += ["--query", "disagreement", "--reward-members", 2, "--reward-norm"]
+STEPS = [61, 70, 75, 110, 199, 391]
 
 
-@pytest.mark.parametrize("step", [61, 70, 75, 110, 199, 391])
-def test_resume_is_byte_identical(step, reference, tmp_path, monkeypatch):
-    folder = interrupted(tmp_path, monkeypatch, step, *HOPPER)
-    shutil.copytree(folder, tmp_path / "again" / folder.name)
-    assert contents(sobirl.main(["--resume", str(folder)])) == reference
-    older = tmp_path / "again" / folder.name / PREVIOUS
-    if older.exists():
-        assert contents(sobirl.main(["--resume", str(older)])) == reference
+@pytest.fixture(scope="module")
+def reference_and_killed(tmp_path_factory):
+    folder, killed = whole_and_killed(tmp_path_factory.mktemp("reference"), STEPS, *HOPPER)
+    return contents(folder), killed
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_resume_is_byte_identical(step, reference_and_killed, tmp_path):
+    reference, killed = reference_and_killed
+    assert_it_goes_on(killed[step], tmp_path, reference)
 
 
 def test_flags_change_the_run(tmp_path):
@@ -440,7 +437,7 @@ def test_flags_change_the_run(tmp_path):
         ["--reward-output", "linear"],
         ["--reward-norm"],
     ]
-    few = ["--total-timesteps", 160, "--eval-episodes", 0]
+    few = ["--total-timesteps", 120, "--eval-episodes", 0]
     found = [contents(train(sobirl, tmp_path, *PENDULUM, *few, *given))["model"] for given in variants]
     for i, one in enumerate(found):
         assert all(one != other for other in found[:i]), variants[i]

@@ -321,8 +321,8 @@ def assert_true_steps(batches, env):
 # Known answers
 
 
-PROBE = ["--hidden-size", 32, "--batch-size", 32, "--policy-lr", 3e-3, "--q-lr", 3e-3, "--tau", 0.02]
-PROBE += ["--learning-starts", 200, "--outer-steps", 500, "--total-timesteps", 2500, "--gamma", 0.9]
+PROBE = ["--hidden-size", 32, "--batch-size", 32, "--policy-lr", 0.01, "--q-lr", 0.02, "--tau", 0.1]
+PROBE += ["--learning-starts", 100, "--outer-steps", 100, "--total-timesteps", 700, "--gamma", 0.9]
 
 
 def solved(tmp_path, name, *flags):
@@ -361,18 +361,17 @@ def test_discounting(tmp_path):
 def test_termination_does_not_bootstrap_and_truncation_does(tmp_path):
     """A reward of 1 in the one step there is, and one for ever in episodes that are cut after five: with the
     entropy of a policy that need not decide, log 4 of a box of +-2, there is more of it."""
-    fast = ["--tau", 0.1, "--no-autotune"]
-    row, at = solved(tmp_path / "one", "Probe", *fast, "--alpha", 0.5)
+    row, at = solved(tmp_path / "one", "Probe", "--no-autotune", "--alpha", 0.5)
     assert at(0.0)[1] == pytest.approx(1, abs=0.1)
-    row, at = solved(tmp_path / "ever", "Forever", *fast, "--alpha", 1e-3)
+    row, at = solved(tmp_path / "ever", "Forever", *COLD)
     assert at(0.0)[1] == pytest.approx(1 / (1 - 0.9), rel=0.05)
-    row, at = solved(tmp_path / "entropy", "Forever", *fast, "--alpha", 0.5)
+    row, at = solved(tmp_path / "entropy", "Forever", "--no-autotune", "--alpha", 0.5)
     assert row["entropy"] == pytest.approx(math.log(4), abs=0.05)
     assert at(0.0)[1] == pytest.approx(1 + 0.9 * (1 + 0.5 * math.log(4)) / (1 - 0.9), rel=0.05)
 
 
 def test_the_entropy_becomes_its_target(tmp_path):
-    row, _ = solved(tmp_path, "OneStep", "--q-lr", 0.01, "--alpha", 0.1)
+    row, _ = solved(tmp_path, "OneStep", "--alpha", 0.1)
     assert row["entropy"] == pytest.approx(-1, abs=0.15)
 
 
@@ -385,7 +384,7 @@ def test_a_small_box_has_a_target_that_can_be_reached(tmp_path, monkeypatch):
 
     made = OneStep.__init__
     monkeypatch.setattr(OneStep, "__init__", small)
-    row, _ = solved(tmp_path, "OneStep", "--q-lr", 0.01, "--alpha", 0.1)
+    row, _ = solved(tmp_path, "OneStep", "--alpha", 0.1)
     assert row["entropy"] == pytest.approx(-1 + math.log(0.15), abs=0.15) and row["alpha"] < 0.1
 
 
@@ -492,7 +491,7 @@ def test_flags_change_the_run(tmp_path):
     variants = [
         [],
         ["--anneal-lr"],
-        ["--anneal-lr", "--anneal-timesteps", 4000],
+        ["--anneal-lr", "--anneal-timesteps", 2400],
         ["--no-autotune"],
         ["--alpha", 0.5],
         ["--policy-frequency", 3],
@@ -503,7 +502,7 @@ def test_flags_change_the_run(tmp_path):
         ["--learning-starts", 0],
         ["--batch-size", 9],
     ]
-    few = [*PENDULUM, "--total-timesteps", 200, "--eval-episodes", 0]
+    few = [*PENDULUM, "--total-timesteps", 120, "--eval-episodes", 0]
     found = [contents(train(sac, tmp_path, *few, *flags))["model"] for flags in variants]
     for i, one in enumerate(found):
         assert all(one != other for other in found[:i]), variants[i]
@@ -515,7 +514,7 @@ def test_annealing(tmp_path, monkeypatch):
     """The last iteration's step sizes, of ten."""
     seen = []
     monkeypatch.setattr(sac.evaluation, "during_training", lambda run, i, *_: seen.append(run.parts) or {})
-    flags = [*PENDULUM, "--anneal-lr", "--outer-steps", 40, "--policy-lr", 1e-2, "--q-lr", 1e-1]
+    flags = [*PENDULUM, "--anneal-lr", "--total-timesteps", 200, "--policy-lr", 1e-2, "--q-lr", 1e-1]
     train(sac, tmp_path, *flags)
     parts = seen[-1]
     assert parts["actor_adam"].lr == pytest.approx(1e-3)
@@ -566,11 +565,49 @@ def contents(folder):
 DURABLE = [*SMALL, "--env-id", "Hopper-v4", "--buffer-size", 60, "--keep-replay"]
 
 
+def whole_and_killed(where, steps, *flags, script=sac):
+    """A whole run, in a subfolder of `where`, and by step copies of its folder as SIGKILL would leave it in
+    the middle of an iteration, once that step is in the replay memory."""
+
+    def add_and_copy(self, *values):
+        add(self, *values)
+        if (step := self.run.parts["envs"].steps) in steps:
+            killed[step] = shutil.copytree(self.run.folder, where / str(step) / self.run.folder.name)
+
+    add, killed = Replay.add, {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Replay, "add", add_and_copy)
+        whole = train(script, where / "whole", *flags)
+    assert sorted(killed) == sorted(steps)
+    return whole, killed
+
+
+def assert_it_goes_on(killed, tmp_path, expected, script=sac):
+    """What was left of a run with --checkpoint-every 3 ends as the whole one, from its last checkpoint and
+    from the one before; then it stays as it is."""
+    last, before = (shutil.copytree(killed, tmp_path / name / killed.name) for name in ("last", "before"))
+    assert script.main(["--resume", str(last)]) == last and contents(last) == expected
+    assert script.main(["--resume", str(last)]) == last and contents(last) == expected
+    older = before / run_folder.PREVIOUS
+    progress = (killed / "progress.csv").read_text().splitlines()
+    assert older.exists() == (len(progress) > 3)  # with the header
+    if older.exists():
+        assert contents(script.main(["--resume", str(older)])) == expected
+
+
+STEPS = [1, 60, 61, 119, 170, 391]
+
+
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    folder = train(sac, tmp_path_factory.mktemp("reference"), *DURABLE)
+def reference_and_killed(tmp_path_factory):
+    folder, killed = whole_and_killed(tmp_path_factory.mktemp("reference"), STEPS, *DURABLE)
     assert len(rows(folder / "episodes.csv")) > 5
-    return contents(folder)
+    return contents(folder), killed
+
+
+@pytest.fixture
+def reference(reference_and_killed):
+    return reference_and_killed[0]
 
 
 def test_same_seed_same_bytes(reference, tmp_path):
@@ -594,15 +631,10 @@ def interrupted(tmp_path, monkeypatch, step, *flags, script=sac):
     return only(tmp_path)
 
 
-@pytest.mark.parametrize("step", [1, 60, 61, 119, 170, 391])
-def test_resume_is_byte_identical(step, reference, tmp_path, monkeypatch):
-    folder = interrupted(tmp_path, monkeypatch, step, *DURABLE)
-    shutil.copytree(folder, tmp_path / "again" / folder.name)
-    assert contents(sac.main(["--resume", str(folder)])) == reference
-    assert contents(sac.main(["--resume", str(folder)])) == reference  # a finished run stays as it is
-    older = tmp_path / "again" / folder.name / run_folder.PREVIOUS
-    if older.exists():
-        assert contents(sac.main(["--resume", str(older)])) == reference
+@pytest.mark.parametrize("step", STEPS)
+def test_resume_is_byte_identical(step, reference_and_killed, tmp_path):
+    reference, killed = reference_and_killed
+    assert_it_goes_on(killed[step], tmp_path, reference)
 
 
 KILLS = int(os.environ.get("KILLS", 3))
@@ -615,7 +647,7 @@ def replayed(runs) -> int:
 
 def test_kills_at_random_moments(tmp_path):
     flags = [*DURABLE, *QUERY, "--method", "sobirl", "--labels", "bernoulli", "--checkpoint-every", 5]
-    flags += ["--total-timesteps", 400 * KILLS, "--buffer-size", 500]
+    flags += ["--total-timesteps", 250 * KILLS, "--buffer-size", 500]
     expected = contents(train(sac, tmp_path / "reference", *flags))
     runs, moments, kills = tmp_path / "runs", random.Random(1), 0
     begin, known = flags, 0
@@ -646,11 +678,12 @@ def test_a_signal_ends_the_iteration(reference, tmp_path):
     assert (folder / FILE).exists()
 
 
-def test_a_finished_run_may_grow_if_it_kept_its_replay(tmp_path, capsys):
+def test_a_finished_run_may_grow_if_it_kept_its_replay(reference, tmp_path, capsys):
     """Its replay memory grows with it, where that was no larger than the run."""
-    for name, more in {"ring": [], "whole": ["--checkpoint-every", 1_000_000]}.items():
-        whole = contents(train(sac, tmp_path / name, *DURABLE, *more))
-        folder = train(sac, tmp_path / f"{name} half", *DURABLE, *more, "--total-timesteps", 200)
+    no_ring = ["--checkpoint-every", 1_000_000]
+    wholes = reference, contents(train(sac, tmp_path / "whole", *DURABLE, *no_ring))
+    for whole, more in zip(wholes, ([], no_ring)):
+        folder = train(sac, tmp_path / "half", *DURABLE, *more, "--total-timesteps", 200)
         sac.main(["--resume", str(folder), "--total-timesteps", "400"])
         assert contents(folder) == whole
     assert len(whole[FILE]) < 100_000  # a row of Hopper has 64 bytes
@@ -671,9 +704,8 @@ def test_an_environment_whose_state_is_unknown_begins_anew(tmp_path, monkeypatch
     assert [row["global_step"] for row in rows(folder / "progress.csv")] == list(range(20, 401, 20))
 
 
-def test_a_full_disk(tmp_path, monkeypatch, capsys):
+def test_a_full_disk(reference, tmp_path, monkeypatch, capsys):
     """The run ends in one line, and with more room as ever."""
-    expected = contents(train(sac, tmp_path / "reference", *DURABLE))
     calls = []
 
     class Full(io.FileIO):
@@ -686,7 +718,7 @@ def test_a_full_disk(tmp_path, monkeypatch, capsys):
         train(sac, tmp_path / "full", *DURABLE)
     err = capsys.readouterr().err
     assert stop.value.code == 1 and "No space left" in err and "--resume" in err and err.count("\n") == 1
-    assert contents(sac.main(["--resume", str(only(tmp_path / "full"))])) == expected
+    assert contents(sac.main(["--resume", str(only(tmp_path / "full"))])) == reference
 
 
 def test_checkpoints_are_small(tmp_path):
