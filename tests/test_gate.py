@@ -243,14 +243,19 @@ def test_moments_are_those_of_training(run):
     assert not np.array_equal(taken[0].critic.vector, taken[0].old_critic.vector)  # it has responded
 
 
-def test_bad_runs_are_refused(run, tmp_path):
-    def answer(*words):
-        command = [sys.executable, ROOT / "tools" / "gate.py", *words, "--results-dir", tmp_path / "none"]
-        found = subprocess.run(command, capture_output=True, text=True)
-        assert not (tmp_path / "none").exists() and found.returncode == 2
-        return found.stderr.strip().splitlines()[-1]
+def test_bad_runs_are_refused(tmp_path, capsys):
+    none = ["--results-dir", str(tmp_path / "none")]
 
-    assert "not a run of blpo_continuous.py with two checkpoints and a solver" in answer(tmp_path / "nothing")
+    def answer(run):
+        with pytest.raises(SystemExit) as stop:
+            gate.main([str(run), *none])
+        assert not (tmp_path / "none").exists() and stop.value.code == 2
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    command = [sys.executable, ROOT / "tools" / "gate.py", tmp_path / "nothing", *none]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert "not a run of blpo_continuous.py with two checkpoints and a solver" in found.stderr
+    assert found.returncode == 2 and found.stderr.count("\n") == 1
     flags = f"--env-id InvertedPendulum-v4 --runs-dir {tmp_path} --num-envs 4 --num-steps 16"
     flags += " --num-minibatches 2 --eval-episodes 1 --total-timesteps 384 --checkpoint-every 2"
     nested = blpo_continuous.main([*flags.split(), "--ihvp", "none"])

@@ -503,9 +503,9 @@ def test_on_tensors_a_run_is_the_same(method, tmp_path, monkeypatch):
 
 
 def test_learns_to_balance_a_pendulum_from_preferences(tmp_path):
-    """9,000 steps, after which the mean return of seeds 1 to 3 is -86, -155 and -168."""
-    given = ["--env-id", "Pendulum-v1", "--hidden-size", 64, "--batch-size", 64, "--policy-lr", 1e-3]
-    given += ["--q-lr", 2e-3, "--tau", 0.02, "--learning-starts", 1000, "--total-timesteps", 9000]
+    """6,500 steps, after which the mean return of seeds 1 and 2 is -87 and -166."""
+    given = ["--env-id", "Pendulum-v1", "--hidden-size", 64, "--batch-size", 64, "--policy-lr", 3e-3]
+    given += ["--q-lr", 4e-3, "--tau", 0.04, "--learning-starts", 1000, "--total-timesteps", 6500]
     given += ["--method", "drlhf", "--reward-lr", 3e-3]
     folder = train(sobirl, tmp_path, *given)
     assert np.mean([row["return"] for row in rows(folder / "evaluation.csv")]) >= -200
