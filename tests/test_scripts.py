@@ -8,10 +8,8 @@ import math
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
