@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.func import functional_call, jvp, vjp
+from torch.optim.adamw import adamw
 
 from nystrom import like, namespace, norm
 from support.acting import is_rectified, linear_layers
@@ -344,17 +345,10 @@ class FusedAdam:
     that are not finite are skipped; ten of them in a row end the run."""
 
     def __init__(self, vector, lr: float, decay: float = 0.0):
-        self.parameters = torch.as_tensor(vector)
-        self.adam = torch.optim.AdamW([self.parameters], lr, weight_decay=decay, fused=True)
+        self.vector, self.lr, self.decay = torch.as_tensor(vector), lr, decay
+        self.mean, self.square = torch.zeros_like(self.vector), torch.zeros_like(self.vector)
+        self.steps = torch.zeros((), dtype=torch.float32, device=self.vector.device)
         self.in_a_row = 0  # gradients that were not finite
-
-    @property
-    def lr(self) -> float:
-        return self.adam.param_groups[0]["lr"]
-
-    @lr.setter
-    def lr(self, value: float) -> None:
-        self.adam.param_groups[0]["lr"] = value
 
     @property
     def skipped(self) -> bool:
@@ -366,13 +360,32 @@ class FusedAdam:
         self.in_a_row = 0 if math.isfinite(norm(gradient)) else self.in_a_row + 1
         if self.in_a_row == 10:
             raise Stop("ten gradients in a row were not finite: smaller rewards or step sizes may help")
-        if not self.skipped:
-            self.parameters.grad = torch.as_tensor(gradient, dtype=self.parameters.dtype)
-            self.adam.step()
+        if self.skipped:
+            return
+        gradient = torch.as_tensor(gradient, dtype=self.vector.dtype)
+        with torch.no_grad():  # the function and no torch.optim.AdamW, which takes two seconds to begin
+            adamw(
+                [self.vector],
+                [gradient],
+                [self.mean],
+                [self.square],
+                [],
+                [self.steps],
+                fused=True,
+                amsgrad=False,
+                maximize=False,
+                lr=self.lr,
+                weight_decay=self.decay,
+                beta1=0.9,
+                beta2=0.999,
+                eps=1e-8,
+            )
 
     def state_dict(self) -> dict:
-        return {"adam": self.adam.state_dict(), "in_a_row": self.in_a_row}
+        moments = {"mean": self.mean, "square": self.square, "steps": self.steps}
+        return moments | {"lr": self.lr, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict) -> None:
-        self.adam.load_state_dict(state["adam"])
-        self.in_a_row = state["in_a_row"]
+        for name in ("mean", "square", "steps"):
+            getattr(self, name).copy_(state[name])
+        self.lr, self.in_a_row = state["lr"], state["in_a_row"]

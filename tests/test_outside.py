@@ -46,6 +46,7 @@ for words in commands:
         runpy.run_path(words[0], run_name="__main__")
     except SystemExit as stop:
         assert not stop.code, words
+    assert "torch._dynamo" not in sys.modules  # which would take two seconds of every start
     print("end of", os.path.basename(words[0]))
 """
 
