@@ -1090,6 +1090,11 @@ def test_runtime_figure():
     assert axis.get_xlim() == (0, pytest.approx(1.12 * 5))
     (axis,) = figures.draw_runtime(rows[:1] + rows[2:]).axes  # without it, relative to the last
     assert axis.get_xlabel().endswith("relative to python other.py") and axis.texts[0].get_text() == "1.00"
+    older = [{k: v for k, v in row.items() if k not in ("slowest", "fastest")} for row in rows]
+    (axis,) = figures.draw_runtime(older).axes
+    assert [list(line.get_xdata()) for line in axis.lines] == [[4, 4], [1, 1], [2, 2]]
+    (axis,) = figures.draw_runtime(results.read_csv(ROOT / "results" / "speed.csv")).axes
+    assert len(axis.get_yticklabels()) == 6
 
 
 def test_solvers_figure():
