@@ -27,6 +27,12 @@ class Episodes(NamedTuple):
     cut: np.ndarray  # (episodes,), True where --eval-max-steps ended the episode early
 
 
+def render_without_a_screen() -> None:
+    """Chooses what MuJoCo draws with, unless the user has; read when mujoco is imported."""
+    if sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl" if ctypes.util.find_library("EGL") else "osmesa")
+
+
 def follow_the_robot(env: gym.Env, options: dict) -> None:
     """Films with the camera "track" of a MuJoCo model, unless the user has chosen another one: Gymnasium 1.4
     stays where the episode began (its pull request 1618), and a walker leaves the picture after a second."""
@@ -155,8 +161,8 @@ def evaluate_run(Actor, args, path: Path, saved: dict) -> None:
     except (KeyError, RuntimeError, AttributeError, ValueError) as problem:
         misfit("--evaluate", path, problem)
     videos = path.parent / "videos" if args.capture_video else None
-    if videos and sys.platform == "linux":  # without a screen; read when mujoco is imported
-        os.environ.setdefault("MUJOCO_GL", "egl" if ctypes.util.find_library("EGL") else "osmesa")
+    if videos:
+        render_without_a_screen()
     try:
         found = play(actor, normalize, args, videos)
     except FOREIGN as problem:  # whatever a foreign environment or its renderer raises

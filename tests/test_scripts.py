@@ -564,21 +564,22 @@ def test_other_discrete_spaces(script, env_id, obs_dim, action_size, tmp_path):
 # Bad input
 
 
-def refused(script, capsys, *flags):
+def last_line(capsys, status, act, *given):
+    """The one line with which act(*given) ends the program with this status."""
     with pytest.raises(SystemExit) as stop:
-        script.main([*map(str, flags)])
+        act(*given)
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+    assert stop.value.code == status and err.startswith("error: ") and err.count("\n") == 1, err
     return err
+
+
+def refused(script, capsys, *flags):
+    return last_line(capsys, 2, script.main, [*map(str, flags)])
 
 
 def stopped(script, capsys, tmp_path, *flags):
-    """The one line with which a run ends that cannot go on, in this process; its status is 1."""
-    with pytest.raises(SystemExit) as stop:
-        train(script, tmp_path, *flags)
-    err = capsys.readouterr().err
-    assert stop.value.code == 1 and err.startswith("error: ") and err.count("\n") == 1, err
-    return err
+    """What a run says that has begun and cannot go on."""
+    return last_line(capsys, 1, train, script, tmp_path, *flags)
 
 
 BAD = [
