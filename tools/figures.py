@@ -329,7 +329,7 @@ def draw_runtime(rows: list[dict]) -> Figure:
             )
             left += parts[i]
         axis.plot([low, high], [y, y], color="black", linewidth=1.5)
-        axis.text(max(total, high) + 0.02, y, f"{total:.2f}", va="center", fontsize=9)
+        axis.text(high + 0.02, y, f"{total:.2f}", va="center", fontsize=9)
     axis.set(yticks=range(len(rows)), xlabel=f"time per environment step, relative to {label(base['name'])}")
     axis.set_yticklabels([label(row["name"]) for row in reversed(rows)])
     axis.set_xlim(0, 1.12 * max(longest))
