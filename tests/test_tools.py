@@ -20,6 +20,7 @@ from PIL import Image
 from tools import figures, film, learning, plot, results, speed, tables, tabular
 
 ROOT = Path(__file__).parent.parent
+TUNED = ROOT / "results" / "tuned"  # docs/results.md, C
 VERSIONS = {"python": "3.11.7", "torch": "2.13.0", "gymnasium": "1.4.0", "git_commit": "0123abc"}
 
 
@@ -550,7 +551,7 @@ def test_runs_of_other_schedules_do_not_mix(tmp_path, refused):
 # The published tables
 
 
-@pytest.mark.parametrize("name", ["results", "results/earlier"])
+@pytest.mark.parametrize("name", ["results/tuned", "results/earlier"])
 def test_published_tables_are_those_of_the_published_runs(name):
     folder = ROOT / name
     summary, curves = results.load_results(folder)
@@ -576,8 +577,8 @@ def test_returns_that_pages_show_are_those_of_the_published_runs():
     page_now, page_earlier = page("docs/results.md").split("## Returns after 1M steps")
     page_now = page_now.split("Returns, means of the last 100")[1].split("**A possible reason")[0]
     for section, folder, least in (
-        (readme, "results", 9),
-        (page_now, "results", 9),
+        (readme, "results/tuned", 9),
+        (page_now, "results/tuned", 9),
         (page_earlier, "results/earlier", 20),
     ):
         published = page(f"{folder}/tables.md").splitlines()
@@ -616,7 +617,7 @@ def test_how_the_defaults_end_is_what_pages_say():
     section = page("docs/results.md").split("**Most of it failed.**")[1].split("## C. ")[0]
     shown = {row[0]: row[1:] for row in rows_in(section)}
     readme = {row[0]: row for row in rows_in(page("README.md"))}
-    rows = read(ROOT / "results" / "summary.csv")
+    rows = read(TUNED / "summary.csv")
     for env_id, least in {"Walker2d-v4": 3800, "Hopper-v4": 2500, "HalfCheetah-v4": 2000}.items():
         there = [row for row in rows if row["env_id"] == env_id]
         finals = lambda method: [float(row["return_100"]) for row in there if row["exp_name"] == method]
@@ -661,7 +662,7 @@ def test_learning_speed_that_pages_show_is_that_of_the_published_runs(capsys):
 def test_the_methods_at_their_best_are_what_pages_say(capsys):
     """docs/results.md, C, and the README: the registered tests, and what became of the statements."""
     others = ["ppo-tuned", "nested-tuned", "nested", "mean-c"]
-    results_dir = ["--results-dir", str(ROOT / "results")]
+    results_dir = ["--results-dir", str(TUNED)]
     learning.main([*results_dir, "--measures", "AUC", "final", "--against", *others])
     section = page("docs/results.md").split("## C. ")[1].split("## D. ")[0]
     chances = {}
@@ -700,7 +701,7 @@ def test_the_methods_at_their_best_are_what_pages_say(capsys):
 
     shorter = rows_in(page("README.md").split("Over the tasks that have both")[1].split("## ")[0])[1:]
     assert [row[0] for row in shorter][1:3] == ["PPO, tuned (7)", "nesting only, tuned (3)"]
-    published = [row[:3] for row in rows_in(page("results/tables.md"))]
+    published = [row[:3] for row in rows_in(page("results/tuned/tables.md"))]
     for method, *shown in shorter:
         for measure, chance in zip(("AUC, first quarter", "AUC", "final return"), shown, strict=True):
             assert [measure, method, chance] in published
@@ -716,7 +717,7 @@ def test_how_far_policies_move_is_what_the_page_says():
     moved, entropy = {}, {}
     for env_id, *cells in lines:
         for method, cell in zip(methods, cells, strict=True):
-            runs = [read(path) for path in (ROOT / "results").glob(f"{env_id}__{method}__2[1-5].csv")]
+            runs = [read(path) for path in TUNED.glob(f"{env_id}__{method}__2[1-5].csv")]
             if not runs:
                 assert cell == ""
                 continue
@@ -757,7 +758,7 @@ def test_the_size_of_the_implicit_term_is_what_the_page_shows():
     shown, medians = rows_in(text), []
     for env_id in ("Walker2d-v4", "Hopper-v4", "HalfCheetah-v4"):
         points = []
-        for path in (ROOT / "results").glob(f"{env_id}__blpo__2[1-5].csv"):
+        for path in TUNED.glob(f"{env_id}__blpo__2[1-5].csv"):
             points += [(row["implicit_norm_ratio"], row["implicit_cosine"]) for row in read(path)]
         ratio, cosine = np.array(points, dtype=float).T
         bounded = np.minimum(ratio, 1)

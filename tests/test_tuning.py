@@ -91,6 +91,9 @@ def test_the_table_of_endings_is_that_of_the_results():
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     section = page.split("## E. ")[1].split("\n## ")[0]
     assert f"\n\n{found}\n\n" in section
+    leaders = tuning.endings(tuning.Args(action="endings", seeds=(31, 32, 33, 34, 35), **published))
+    assert f"\n\n{leaders}\n\n" in section and "**Of the two leaders 24 is the better one**" in section
+    assert leaders.splitlines()[2].startswith("| 24 | ")
     here = next(line for line in found.splitlines() if line.startswith("| 7 |")).split(" | ")[2]
     of_others = page.split("## C. ")[1].splitlines()
     walker = next(line for line in of_others if line.startswith("| Walker2d-v4 |"))
