@@ -54,11 +54,11 @@ class Args(RunFlags):
     """parallel environments, N"""
     num_steps: Count = 256
     """steps of each environment per rollout, T"""
-    num_minibatches: Count = 16
+    num_minibatches: Count = 8
     """minibatches per epoch: must divide num_envs * num_steps"""
     update_epochs: Count = 10
     """epochs of an update, each with a pass of actor steps over the rollout"""
-    actor_lr: UnitStep = 6e-4
+    actor_lr: UnitStep = 3e-4
     """Adam step size of the actor"""
     critic_lr: UnitStep = 1e-3
     """Adam step size of the critic"""
@@ -76,7 +76,7 @@ class Args(RunFlags):
     """divide rewards by the running standard deviation of the discounted return"""
     norm_adv: bool = True
     """normalise advantages per minibatch"""
-    clip_coef: UpTo1000 = 0.2
+    clip_coef: UpTo1000 = 0.5
     """clip range of the probability ratio"""
     ent_coef: NonNegative = 0.0
     """weight of the entropy bonus"""

@@ -128,10 +128,9 @@ def write_run_folder(folder, *files, steps=960):
 # The commands
 
 LOSSES = "--critic-lr 1e-3 --no-clip-vloss --vf-coef 2 --no-joint-grad-clip"
-MATCHED = "--num-envs 8 --num-steps 256 --actor-lr 6e-4 --num-minibatches 16 --update-epochs 10"
-MATCHED += " --clip-coef 0.2"
-TUNED = "--num-envs 8 --num-steps 256 --actor-lr 6e-4 --num-minibatches 8 --trajectory-minibatches"
-TUNED += " --update-epochs 5 --clip-coef 0.5"
+ROLLOUTS = "--num-envs 8 --num-steps 256 --num-minibatches 8 --clip-coef 0.5"
+MATCHED = f"{ROLLOUTS} --update-epochs 10 --actor-lr 3e-4"
+TUNED = f"{ROLLOUTS} --update-epochs 5 --actor-lr 6e-4 --trajectory-minibatches"
 NESTED = "--num-minibatches 32 --nested-critic-steps 1 --update-epochs 5 --actor-lr 3e-4 --clip-coef 0.3"
 COMMANDS = {
     ("Pendulum-v1", "blpo"): ("blpo_continuous.py", ""),

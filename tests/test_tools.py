@@ -341,7 +341,9 @@ def test_the_tuned_ppo_is_the_reference_where_there_is_one():
     assert cells_of(head) == [*titles, "BLPO minus PPO, tuned", "P(BLPO > PPO, tuned)"]
     assert line.endswith("| 0.00 |")
     del finals["E", "ppo-tuned"]
-    assert tables.reference(finals) == tables.reference({}) == "ppo-matched"
+    assert tables.reference(finals) == "ppo-matched"
+    del finals["E", "ppo-matched"]
+    assert tables.reference(finals) == tables.reference({}) == "ppo"
 
 
 SIX = np.array([0.0, 1.3, 2.1, 4.4, 7.2, 10.9])  # returns of six seeds

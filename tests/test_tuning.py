@@ -116,17 +116,17 @@ def test_what_the_page_says_first_of_the_search():
 
 
 def test_the_tuned_methods_are_what_the_search_has_found(tmp_path):
-    """BLPO's defaults, and nested-tuned and ppo-tuned of benchmark.sh."""
+    """BLPO's defaults (E), and nested-tuned and ppo-tuned of benchmark.sh (B)."""
     settings = dict(ENVS="Walker2d-v4", SEEDS="1", FLAGS="")
     out, _ = finish(benchmark(tmp_path, "--dry-run", METHODS="nested-tuned ppo-tuned blpo", **settings))
     flags = {words[3].split("=")[1]: words[2:] for words in commands(out)}
     nested, blpo = (tyro.cli(blpo_continuous.Args, args=flags[name]) for name in ("nested-tuned", "blpo"))
     ppo = tyro.cli(ppo_continuous.Args, args=flags["ppo-tuned"])
-    for args, number in ((ppo, 3), (nested, 9), (blpo, 7)):
+    for args, number in ((ppo, 3), (nested, 9), (blpo, 24)):
         chosen = configurations()[number]
         assert args.num_envs * args.num_steps == 2048 == chosen.minibatch * args.num_minibatches
         assert (args.update_epochs, args.actor_lr, args.clip_coef) == chosen[2:5]
-    for args, number in ((nested, 9), (blpo, 7)):
+    for args, number in ((nested, 9), (blpo, 24)):
         chosen = configurations()[number]
         assert (args.nested_critic_steps, "steps") == (chosen.nested_critic_steps, chosen.of)
     assert (nested.ihvp, blpo.ihvp) == ("none", "nystrom")
