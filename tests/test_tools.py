@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -540,6 +541,17 @@ def test_damaged_results_are_one_line(tmp_path, refused, name, damage):
         plot.main(["--results-dir", str(tmp_path / "results"), "--figures-dir", str(tmp_path)])
 
 
+def test_tables_are_written_even_if_nobody_reads_them(tmp_path, monkeypatch):
+    """As in `plot.py | head`, where the pipe is closed before all is printed."""
+    write_run(tmp_path / "runs", "blpo", 1)
+    results.export(tmp_path / "runs", tmp_path)
+    monkeypatch.setattr(figures, "save", lambda *_: None)
+    monkeypatch.setattr(sys.stdout, "write", Mock(side_effect=BrokenPipeError))
+    with pytest.raises(BrokenPipeError):
+        plot.main(["--results-dir", str(tmp_path)])
+    assert (tmp_path / "tables.md").read_text().startswith("| ")
+
+
 def test_runs_of_other_schedules_do_not_mix(tmp_path, refused):
     old = write_run(tmp_path / "runs", "blpo", 1)  # of a version without the flag
     write_run(tmp_path / "runs", "blpo", 2, anneal_timesteps=0)
@@ -553,7 +565,7 @@ def test_runs_of_other_schedules_do_not_mix(tmp_path, refused):
 # The published tables
 
 
-@pytest.mark.parametrize("name", ["results", "results/tuned", "results/earlier"])
+@pytest.mark.parametrize("name", ["results", "results/tuned", "results/earlier", "results/discrete"])
 def test_published_tables_are_those_of_the_published_runs(name):
     folder = ROOT / name
     summary, curves = results.load_results(folder)
@@ -579,10 +591,12 @@ def test_returns_that_pages_show_are_those_of_the_published_runs():
     page_now, page_earlier = page("docs/results.md").split("## Returns after 1M steps")
     of_tuned = page_now.split("Returns, means of the last 100")[1].split("**A possible reason")[0]
     of_defaults = page_now.split("**Result.**")[-1].split("Returns, ")[1].split("P by the other")[0]
+    of_discrete = page_now.split("## Discrete actions")[1]
     for section, folder, least in (
         (readme, "results", 5),
         (of_defaults, "results", 5),
         (of_tuned, "results/tuned", 9),
+        (of_discrete, "results/discrete", 4),
         (page_earlier, "results/earlier", 20),
     ):
         published = page(f"{folder}/tables.md").splitlines()

@@ -127,8 +127,8 @@ def main(argv: list[str] | None = None) -> None:
         parts.append(tabular_runs(results_dir, figures_dir, apart))
     if parts:
         text = "\n\n".join(parts)
-        print(text)
         write_whole(results_dir / "tables.md", text + "\n")
+        print(text)  # last, since a pipe may have been closed: plot.py | head
 
 
 if __name__ == "__main__":
