@@ -172,6 +172,19 @@ def test_commands_that_pages_show_are_accepted():
             parse_args(importlib.import_module(name[:-3].replace("/", ".")).Args, "", flags)
 
 
+def test_the_first_two_commands_of_the_readme():
+    """One line each, which sets up and does something: a script's flags are right, or it is pytest."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", readme, re.DOTALL)[:2]
+    train, test = (block.removesuffix("\n").split(" && ") for block in blocks)
+    assert train[:2] == test[:2] == ["python3 -m venv .venv", ".venv/bin/pip install -r requirements.txt"]
+    assert test[2:] == [".venv/bin/python -m pytest -q"]
+    (command,) = train[2:]
+    python, script, *flags = command.split(" ")
+    assert (python, script) == (".venv/bin/python", "blpo_continuous.py") and "\n" not in command
+    assert parse_args(blpo.Args, "", flags).env_id == "Walker2d-v4"
+
+
 @pytest.mark.parametrize("name", ["film", "gate", "learning", "phi", "plot", "solvers", "speed", "tuning"])
 def test_commands_that_tools_show_are_accepted(name):
     """At the head of each of them."""
