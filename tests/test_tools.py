@@ -795,6 +795,20 @@ def test_another_leader_is_what_the_page_says(capsys):
         assert area_cells(areas, env_id, ["nested", "mean-c", "blpo-start"]) in shown
 
 
+def test_steps_to_the_published_return_are_what_the_page_says():
+    """docs/speed.md, of E's runs on Walker2d-v4, whose files have about every second of a run's points."""
+    section = page("docs/speed.md").split("## Minutes to")[1].split("## ")[0].split("today's")[1]
+    shown = [int(text.replace(",", "")) for text in re.findall(r"\d{3},\d{3}", section)]
+    for seed, steps in zip((36, 37, 38, 39), shown):
+        run = read(ROOT / "results" / f"Walker2d-v4__blpo__{seed}.csv")
+        reached = next(float(row["global_step"]) for row in run if float(row["return_100"]) >= 2288)
+        assert reached - 3 * 2048 <= steps <= reached
+    last = read(ROOT / "results" / "Walker2d-v4__blpo__40.csv")
+    assert max(float(row["return_100"]) for row in last) < 2288
+    assert f"seed 40 ends at {float(last[-1]['return_100']):,.0f}" in section
+    assert shown[4] == sorted(shown[:4])[2]  # the median of five, of which one does not get there
+
+
 def test_the_size_of_the_implicit_term_is_what_the_page_shows():
     """docs/hypergradient.md, of the runs of E: medians, tenth and ninetieth percentiles over points."""
     text = page("docs/hypergradient.md")
