@@ -93,9 +93,10 @@ method_command() { # sets script and method_flags for method $1 and $2 (continuo
     # BLPO's losses and critic; with continuous actions its rollouts, too, and all else as BLPO has it
     # (matched) or what the same search found best for PPO (tuned; docs/results.md, B).
     local losses=(--critic-lr 1e-3 --no-clip-vloss --vf-coef 2 --no-joint-grad-clip)
-    local rollouts=(--num-envs 8 --num-steps 256 --num-minibatches 8 --clip-coef 0.5)
-    local matched=(--update-epochs 10 --actor-lr 3e-4)
-    local tuned=(--update-epochs 5 --actor-lr 6e-4 --trajectory-minibatches)
+    local rollouts=(--num-envs 8 --num-steps 256)
+    local matched=(--num-minibatches 8 --clip-coef 0.5 --update-epochs 10 --actor-lr 3e-4)
+    local tuned=(--num-minibatches 8 --clip-coef 0.5 --update-epochs 5 --actor-lr 6e-4)
+    tuned+=(--trajectory-minibatches)
     local unknown="METHODS knows ppo, ppo-matched, ppo-tuned, nested, nested-tuned, mean-c, blpo"
     unknown+=", blpo-released, blpo-cg, blpo-pcg"
     unknown+=", and sac, drlhf, sobirl, sobirl-unbounded, sobirl-four, sobirl-authors, hpgd, pbrl, random"
