@@ -62,10 +62,11 @@ def gauss_newton_products(J, weights):
     inputs and weights are (n,)."""
     diagonal = weights[:, None]
 
-    def product(u):
-        if u.ndim == 2:
-            return namespace(u).stack([product(column) for column in u.T], 1)
+    def along(u):  # by itself: a function that calls itself would keep J until the garbage is collected
         return (diagonal * (J @ u)) @ J
+
+    def product(u):
+        return along(u) if u.ndim == 1 else namespace(u).stack([along(column) for column in u.T], 1)
 
     return product
 

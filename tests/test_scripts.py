@@ -2,6 +2,7 @@
 answers."""
 
 import csv
+import gc
 import importlib
 import json
 import math
@@ -24,6 +25,7 @@ import ppo_discrete
 import sobirl_continuous
 import sobirl_discrete
 import sobirl_tabular
+from jacobian import MLPJacobian, ModuleJacobian, RectifiedJacobian
 from nystrom import cg_ihvp, nystrom_ihvp
 from support import run_folder
 from support.flags import check_ranges, parse_args
@@ -291,6 +293,42 @@ def test_nesting_only_is_the_hypergradient_times_zero(tmp_path):
         other = weights("--implicit-bound", 0, "--ihvp", *flags)
         assert all(torch.equal(reference[name], other[name]) for name in reference)
     assert not all(torch.equal(reference[name], value) for name, value in weights().items())
+
+
+FOUR = [*TINY, "--total-timesteps", 256]  # iterations, as in LEADING
+LEADING = ["--env-id", "Pendulum-v1", "--hidden-size", 8, "--batch-size", 8, "--total-timesteps", 480]
+LEADING += ["--learning-starts", 120, "--outer-steps", 120, "--query-steps", 60]
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        (ppo, FOUR),
+        (blpo_discrete, ["--env-id", "CartPole-v1", *FOUR]),
+        *((blpo, [*FOUR, *flags.split()]) for flags in ("", "--ihvp cg", "--ihvp pcg", "--hessian full")),
+        (blpo, [*FOUR, "--nystrom-sketch", "columns"]),
+        *((sobirl_continuous, [*LEADING, "--method", method]) for method in ("sobirl", "hpgd", "pbrl")),
+    ],
+)
+def test_updates_leave_no_array_to_the_garbage_collector(script, flags, tmp_path, monkeypatch):
+    """A Jacobian holds arrays of a rollout's size: it must be gone as soon as nobody needs it, which it is not
+    where a function that refers to itself refers to it."""
+    alive = []
+    log_means = run_folder.Run.log_means
+
+    def count(*given):
+        kinds = (MLPJacobian, RectifiedJacobian, ModuleJacobian, torch.Tensor)
+        alive.append(sum(type(one) in kinds for one in gc.get_objects()))
+        log_means(*given)
+
+    monkeypatch.setattr(run_folder.Run, "log_means", count)
+    gc.collect()
+    gc.disable()
+    try:
+        train(script, tmp_path, *flags, "--eval-episodes", 0)
+    finally:
+        gc.enable()
+    assert len(alive) == 4 and alive[3] == alive[1]
 
 
 def test_a_killed_run_keeps_what_it_measured(tmp_path, monkeypatch):
