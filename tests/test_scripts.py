@@ -311,7 +311,7 @@ LEADING += ["--learning-starts", 120, "--outer-steps", 120, "--query-steps", 60]
     ],
 )
 def test_updates_leave_no_array_to_the_garbage_collector(script, flags, tmp_path, monkeypatch):
-    """A Jacobian holds arrays of a rollout's size: it must be gone as soon as nobody needs it, which it is not
+    """A Jacobian holds arrays of a rollout's size: it must be gone as soon as nobody needs it, and it is not
     where a function that refers to itself refers to it."""
     alive = []
     log_means = run_folder.Run.log_means
