@@ -299,15 +299,14 @@ def draw_runtime(rows: list[dict]) -> Figure:
     """Time per environment step of every command, by phase, relative to the whole of one of them; a black
     line from its fastest turn to its slowest.
 
-    rows: of speed.csv, not empty: name (an exp_name or a command), sps (steps a second; slowest and fastest,
-    which older files lack: of all turns) and a column of milliseconds for each phase, {phase}_ms. That one is
-    "ppo-matched" if it is there, else the last. A command that does not tell its phases has an empty bar.
+    rows: of speed.csv, not empty: name (an exp_name or a command), sps (steps a second), slowest and fastest
+    (of all turns), and a column of milliseconds for each phase, {phase}_ms. That one is "ppo-matched" if it
+    is there, else the last. A command that does not tell its phases has an empty bar.
     """
     phases = [column.removesuffix("_ms") for column in rows[0] if column.endswith("_ms")]
     base = next((row for row in rows if row["name"] == "ppo-matched"), rows[-1])
     totals, shortest, longest = (
-        [float(base["sps"]) / float(row.get(rate, row["sps"])) for row in rows]
-        for rate in ("sps", "fastest", "slowest")
+        [float(base["sps"]) / float(row[rate]) for row in rows] for rate in ("sps", "fastest", "slowest")
     )
 
     figure = Figure(figsize=(7, 0.45 * len(rows) + 1.6))
