@@ -267,6 +267,26 @@ def test_the_difference_to_drlhf(learned):
     assert preferences.table(more, finals) == preferences.table(summary, finals)
 
 
+def test_the_comparison_by_setting():
+    """P of (1, 3) against (0, 3) is (1 + 0 + 1 + 0.5) / 4, that of (3, 4) against (1, 2) is 1."""
+
+    def run(name, *evaluations):
+        known = dict(env_id="E", exp_name=name, return_100="1", accuracy_replay="0.5")
+        measured = [{"seed": str(i), "eval_return": str(x)} for i, x in enumerate(evaluations)]
+        return [known | one | {"reward_correlation": "nan" if name[0] == "s" else "1"} for one in measured]
+
+    summary = run("drlhf-few", 0, 3) + run("sobirl-few", 1, 3)
+    summary += run("drlhf-many-2", 1, 2) + run("sobirl-many-2", 3, 4)
+    finals = results.grouped(summary)
+    head, _, first, second, _, last = preferences.by_setting(summary, finals).splitlines()
+    assert head.startswith("| environment | setting | DRLHF, evaluation | SoBiRL, evaluation | P(SoBiRL >")
+    assert first == "| E | few | 1.5 (0.0 to 3.0) | 2.0 (1.0 to 3.0) | 0.62 | 0.50, 0.50 | 1.00,  |"
+    assert second.startswith("| E | many-2 | 1.5 (1.0 to 2.0) | 3.5 (3.0 to 4.0) | 1.00 |")
+    assert last.startswith("P(SoBiRL > DRLHF), mean over 2 settings: 0.81 (0.5")
+    for other in (summary[:-2], summary + run("sac", 1, 2), run("drlhf", 1, 2) + run("sobirl", 1, 2)):
+        assert preferences.by_setting(other, results.grouped(other)) == ""
+
+
 @pytest.mark.parametrize("number, env_id", [(2, "Pendulum-v1"), (3, "tools.tasks-PendulumBins-v0")])
 def test_the_page_shows_what_pendulums_have_come_to(number, env_id):
     """Tables, and the runs that were registered."""

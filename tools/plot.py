@@ -60,9 +60,11 @@ def deep_runs(results_dir: Path, figures_dir: Path) -> str:
         print(f"no episode was finished, left out: {', '.join(silent)}")
     if not summary:
         fail(f"no results in {results_dir / 'summary.csv'}: add finished runs by --runs-dir")
+    finals = results.grouped(summary)
+    if text := preferences.by_setting(summary, finals):
+        return text
     if {row["exp_name"] for row in summary} <= set(results.LEADERS):
         figures.save(preferences.draw(curves), figures_dir, "preferences")
-        finals = results.grouped(summary)
         parts = [preferences.table(summary, finals), preferences.against_drlhf(summary, finals)]
         return "\n\n".join(part for part in parts if part)
     measured = learning.measures(summary, curves)

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from tools.figures import add_legend, measured, on_common_grid
 from tools.results import colours, column_of, label, style
-from tools.tables import ahead_cells, decimals_for, markdown, mean_cell, number
+from tools.tables import ahead_cells, beats, chance_of_improvement, decimals_for, markdown, mean_cell, number
 
 # What every row of the figure shows of a task, from left to right: column, title, and whether it is a
 # logarithm that tells it
@@ -19,6 +19,8 @@ PANELS = (
     ("ratio", "second term / first", True),
     ("inverse_alpha", "1 / temperature", True),
 )
+
+BOTH = ("drlhf", "sobirl")  # what by_setting compares
 
 
 def with_ratios(run: dict) -> dict:
@@ -74,6 +76,13 @@ def draw(curves) -> Figure:
     return figure
 
 
+def mean_where_known(summary, group, column: str) -> str:
+    """The mean over a group's runs in which a measure is known, empty where it never is."""
+    values = column_of(summary, group, column)
+    values = values[np.isfinite(values)]
+    return f"{values.mean():.2f}" if len(values) else ""
+
+
 def table(summary, finals) -> str:
     """Markdown: a line per environment and method. finals: as from results.grouped."""
     rows = []
@@ -83,9 +92,7 @@ def table(summary, finals) -> str:
         cells = [mean_cell(returns, decimals), mean_cell(evaluated, decimals)]
         cells.append(number(np.median(evaluated), decimals))
         for column in ("accuracy_replay", "accuracy_fresh", "reward_correlation"):
-            known = column_of(summary, (env_id, method), column)
-            known = known[np.isfinite(known)]
-            cells.append(f"{np.mean(known):.2f}" if len(known) else "")
+            cells.append(mean_where_known(summary, (env_id, method), column))
         rows.append([env_id.removeprefix("tools.tasks-"), label(method), len(returns), *cells])
     head = ["environment", "method", "seeds", "return, last 100 training episodes"]
     head += ["deterministic evaluation", "its median", "accuracy, old pairs", "accuracy, new pairs"]
@@ -105,3 +112,31 @@ def against_drlhf(summary, finals) -> str:
             rows.append([env_id.removeprefix("tools.tasks-"), label(method), interval, chance])
     head = ["environment", "method", "evaluation minus DRLHF's", "P(method > DRLHF)"]
     return markdown(head, rows) if rows else ""
+
+
+def by_setting(summary, finals) -> str:
+    """Markdown: SoBiRL against DRLHF in every setting, of runs named sobirl-{setting} and drlhf-{setting}:
+    evaluations (mean, lowest and highest run), and P(SoBiRL > DRLHF) by these, with its mean over settings;
+    empty where a run has another name, or a setting only one of the two."""
+    places = dict.fromkeys((env_id, name.partition("-")[2]) for env_id, name in finals)
+    if {(env_id, f"{method}-{setting}") for env_id, setting in places for method in BOTH} != finals.keys():
+        return ""
+
+    evaluations, rows = {}, []
+    for env_id, setting in places:
+        groups = [(env_id, f"{method}-{setting}") for method in BOTH]
+        drlhf, sobirl = both = [column_of(summary, group, "eval_return") for group in groups]
+        evaluations |= {((env_id, setting), method): values for method, values in zip(BOTH, both)}
+        decimals = decimals_for(finals, env_id)
+        cells = []
+        for values in both:
+            mean, least, most = (number(x, decimals) for x in (values.mean(), values.min(), values.max()))
+            cells.append(f"{mean} ({least} to {most})")
+        cells.append(f"{beats(sobirl, drlhf):.2f}")
+        for column in ("accuracy_replay", "reward_correlation"):
+            cells.append(", ".join(mean_where_known(summary, group, column) for group in groups))
+        rows.append([env_id, setting, *cells])
+    chance = chance_of_improvement(evaluations, "drlhf", places, ours="sobirl")
+    head = ["environment", "setting", "DRLHF, evaluation", "SoBiRL, evaluation", "P(SoBiRL > DRLHF)"]
+    head += ["accuracy on old pairs, of both", "correlation with the true reward, of both"]
+    return f"{markdown(head, rows)}\n\nP(SoBiRL > DRLHF), mean over {len(rows)} settings: {chance}"
