@@ -839,7 +839,7 @@ def test_speeds_that_pages_show_are_those_measured():
     assert told.format(blpo / sb3, blpo / sbx) in line
     assert f"PPO in the same form {matched / sbx:.2f} times as fast as SBX's" in line
     assert f"an iteration {nested / blpo:.2f} times as long as nesting without them" in line
-    told = "{:.2f} times as many environment steps a second as CleanRL's PPO, and {:.2f} times as many as"
+    told = "{:.2f} times as many environment steps per second as CleanRL's PPO, and {:.2f} times as many as"
     assert told.format(ratios[0], blpo / sb3) in " ".join(page("README.md").split())
     assert f"{538_636 / float(cleanrl[-1]['sps']) / 60:.1f} minutes at the rate above" in line
     assert f"{630_784 / rates[0] / 60:.1f} minutes at its rate of the first table" in line
@@ -940,6 +940,13 @@ def methods_in(axis):
     """Labels of the methods that have a line, by their colours."""
     labels = {colour: label for colour, _, label in results.STYLES.values()}
     return list(dict.fromkeys(labels[line.get_color()] for line in axis.lines))
+
+
+@pytest.mark.parametrize("folder", ["", "tuned", "discrete", "preferences"])
+def test_methods_of_a_published_figure_differ_in_grey(folder):
+    """By their line styles, which no two of them share."""
+    methods = {row["exp_name"] for row in read(ROOT / "results" / folder / "summary.csv")}
+    assert len({str(results.style(method)[1]) for method in methods}) == len(methods)
 
 
 def run_of(steps, returns, **columns):

@@ -31,17 +31,17 @@ STYLES = {
     "blpo-pcg": ("#888888", (0, (3, 1, 1, 1, 1, 1)), "BLPO with preconditioned CG"),
     "mean-c": ("#E69F00", (0, (3, 1)), "BLPO, mean c"),
     "nested": ("#009E73", ":", "nesting only"),
-    "nested-tuned": ("#CC79A7", "-.", "nesting only, tuned"),
+    "nested-tuned": ("#CC79A7", (0, (3, 1, 1, 1, 1, 1)), "nesting only, tuned"),
     "nested-clip0.5": ("#66C2A4", (0, (1, 1)), "nesting only, clip 0.5"),
     "ppo-tuned": ("#000000", "-.", "PPO, tuned"),
     "ppo-matched": ("#000000", (0, (5, 1)), "PPO, matched"),
     "ppo-matched-clip0.5": ("#777777", (0, (5, 3)), "PPO, matched, clip 0.5"),
-    "ppo": ("#D55E00", (0, (1, 2)), "PPO, CleanRL's flags"),
+    "ppo": ("#D55E00", "--", "PPO, CleanRL's flags"),
 }
 
 # Those of the scripts that learn a reward, in Tol's colours
 LEADERS = {
-    "sac": ("#222222", "-", "SAC, true reward"),
+    "sac": ("#222222", "-.", "SAC, true reward"),
     "drlhf": ("#EE6677", (0, (5, 1)), "DRLHF"),
     "sobirl": ("#4477AA", "-", "SoBiRL, bounded"),
     "sobirl-four": ("#228833", (0, (3, 1, 1, 1)), "SoBiRL, four steps"),
