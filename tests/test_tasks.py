@@ -303,6 +303,23 @@ def test_the_page_shows_what_pendulums_have_come_to(number, env_id):
         assert float(curve[-1]["return_100"]) == pytest.approx(float(row["return_100"]), rel=1e-3)
 
 
+def test_the_page_shows_what_other_teachers_have_come_to():
+    """docs/preferences.md, 5: the table, P, and by how much SoBiRL's runs end lower where labels are wrong."""
+    folder = ROOT / "results" / "labels"
+    page = (ROOT / "docs" / "preferences.md").read_text(encoding="utf-8")
+    text = page.split("\n## 5. ")[1].split("\n## ")[0]
+    table, chance = (folder / "tables.md").read_text(encoding="utf-8").rstrip().split("\n\n")
+    assert table in text
+    summary, _ = results.load_results(folder)
+    finals = results.grouped(summary)
+    assert preferences.by_setting(summary, finals) == f"{table}\n\n{chance}"
+    assert len(finals) == 18 and {len(values) for values in finals.values()} == {3}
+    assert f"P(SoBiRL > DRLHF) = {chance.rsplit(': ')[1]}, mean over the nine settings" in text
+    evaluated = lambda name: results.column_of(summary, ("Pendulum-v1", name), "eval_return").mean()
+    lower = [evaluated(f"drlhf-{wrong}") - evaluated(f"sobirl-{wrong}") for wrong in ("flip-0.1", "flip-0.3")]
+    assert "SoBiRL's runs end lower, by {:.0f} and {:.0f} on average".format(*lower) in text
+
+
 def test_how_large_the_second_term_grows_without_a_bound():
     """docs/preferences.md, 2: the largest ratio of the two terms in each run."""
     found = []
