@@ -304,7 +304,7 @@ def test_the_page_shows_what_pendulums_have_come_to(number, env_id):
 
 
 def test_the_page_shows_what_other_teachers_have_come_to():
-    """docs/preferences.md, 5: the table, P, and by how much SoBiRL's runs end lower where labels are wrong."""
+    """docs/preferences.md, 5: the table, P, and how much lower SoBiRL ends where labels are wrong."""
     folder = ROOT / "results" / "labels"
     page = (ROOT / "docs" / "preferences.md").read_text(encoding="utf-8")
     text = page.split("\n## 5. ")[1].split("\n## ")[0]
