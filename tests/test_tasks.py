@@ -282,7 +282,7 @@ def test_the_comparison_by_setting():
     assert head.startswith("| environment | setting | DRLHF, evaluation | SoBiRL, evaluation | P(SoBiRL >")
     assert first == "| E | few | 1.5 (0.0 to 3.0) | 2.0 (1.0 to 3.0) | 0.62 | 0.50, 0.50 | 1.00,  |"
     assert second.startswith("| E | many-2 | 1.5 (1.0 to 2.0) | 3.5 (3.0 to 4.0) | 1.00 |")
-    assert last.startswith("P(SoBiRL > DRLHF), mean over 2 settings: 0.81 (0.5")
+    assert last.startswith("P(SoBiRL > DRLHF), mean over the settings: 0.81 (0.5")
     for other in (summary[:-2], summary + run("sac", 1, 2), run("drlhf", 1, 2) + run("sobirl", 1, 2)):
         assert preferences.by_setting(other, results.grouped(other)) == ""
 
@@ -315,6 +315,8 @@ def test_the_page_shows_what_other_teachers_have_come_to():
     assert preferences.by_setting(summary, finals) == f"{table}\n\n{chance}"
     assert len(finals) == 18 and {len(values) for values in finals.values()} == {3}
     assert f"P(SoBiRL > DRLHF) = {chance.rsplit(': ')[1]}, mean over the nine settings" in text
+    table, chance = (ROOT / "results/labels_spread/tables.md").read_text(encoding="utf-8").split("\n\n")
+    assert table in text and f"{chance.rstrip().rsplit(': ')[1]}, of nine pairs" in text
     evaluated = lambda name: results.column_of(summary, ("Pendulum-v1", name), "eval_return").mean()
     lower = [evaluated(f"drlhf-{wrong}") - evaluated(f"sobirl-{wrong}") for wrong in ("flip-0.1", "flip-0.3")]
     assert "SoBiRL's runs end lower, by {:.0f} and {:.0f} on average".format(*lower) in text

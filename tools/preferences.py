@@ -139,4 +139,4 @@ def by_setting(summary, finals) -> str:
     chance = chance_of_improvement(evaluations, "drlhf", places, ours="sobirl")
     head = ["environment", "setting", "DRLHF, evaluation", "SoBiRL, evaluation", "P(SoBiRL > DRLHF)"]
     head += ["accuracy on old pairs, of both", "correlation with the true reward, of both"]
-    return f"{markdown(head, rows)}\n\nP(SoBiRL > DRLHF), mean over {len(rows)} settings: {chance}"
+    return f"{markdown(head, rows)}\n\nP(SoBiRL > DRLHF), mean over the settings: {chance}"
