@@ -119,7 +119,8 @@ def by_setting(summary, finals) -> str:
     evaluations (mean, lowest and highest run), and P(SoBiRL > DRLHF) by these, with its mean over settings;
     empty where a run has another name, or a setting only one of the two."""
     places = dict.fromkeys((env_id, name.partition("-")[2]) for env_id, name in finals)
-    if {(env_id, f"{method}-{setting}") for env_id, setting in places for method in BOTH} != finals.keys():
+    wanted = {(env_id, f"{method}-{setting}") for env_id, setting in places for method in BOTH}
+    if not finals or wanted != finals.keys():
         return ""
 
     evaluations, rows = {}, []
