@@ -287,8 +287,11 @@ def test_the_comparison_by_setting():
         assert preferences.by_setting(other, results.grouped(other)) == ""
 
 
-@pytest.mark.parametrize("number, env_id", [(2, "Pendulum-v1"), (3, "tools.tasks-PendulumBins-v0")])
-def test_the_page_shows_what_pendulums_have_come_to(number, env_id):
+@pytest.mark.parametrize(
+    "number, env_id, methods",
+    [(2, "Pendulum-v1", 9), (3, "tools.tasks-PendulumBins-v0", 9), (6, "Reacher-v5", 6)],
+)
+def test_the_page_shows_what_these_tasks_have_come_to(number, env_id, methods):
     """Tables, and the runs that were registered."""
     folder = ROOT / "results" / "preferences"
     page = (ROOT / "docs" / "preferences.md").read_text(encoding="utf-8")
@@ -297,7 +300,7 @@ def test_the_page_shows_what_pendulums_have_come_to(number, env_id):
     finals = results.grouped(summary)
     for table in (preferences.table(summary, finals), preferences.against_drlhf(summary, finals)):
         assert table in section
-    assert {len(values) for values in finals.values()} == {5} and len(finals) == 9
+    assert {len(values) for values in finals.values()} == {5} and len(finals) == methods
     for row in summary:
         curve = results.read_csv(results.curve_path(folder, row))
         assert float(curve[-1]["return_100"]) == pytest.approx(float(row["return_100"]), rel=1e-3)
