@@ -308,6 +308,7 @@ LEADING += ["--learning-starts", 120, "--outer-steps", 120, "--query-steps", 60]
         *((blpo, [*FOUR, *flags.split()]) for flags in ("", "--ihvp cg", "--ihvp pcg", "--hessian full")),
         (blpo, [*FOUR, "--nystrom-sketch", "columns"]),
         *((sobirl_continuous, [*LEADING, "--method", method]) for method in ("sobirl", "hpgd", "pbrl")),
+        (sobirl_discrete, [*LEADING, "--env-id", "tools.tasks:PendulumBins-v0", "--method", "sobirl"]),
     ],
 )
 def test_updates_leave_no_array_to_the_garbage_collector(script, flags, tmp_path, monkeypatch):

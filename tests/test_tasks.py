@@ -317,6 +317,11 @@ def test_the_page_shows_what_other_teachers_have_come_to():
     finals = results.grouped(summary)
     assert preferences.by_setting(summary, finals) == f"{table}\n\n{chance}"
     assert len(finals) == 18 and {len(values) for values in finals.values()} == {3}
+    spread = results.load_results(ROOT / "results" / "labels_spread")[0]
+    labels = {row["exp_name"].partition("-")[2]: int(row["labels_used"]) for row in summary + spread}
+    assert f"the teacher answers {labels['standard']} times" in text
+    told = "and not 2,000 but {labels-2000:,} labels", "the others, {labels-100-spread} in all"
+    assert all(words.format(**labels) in " ".join(text.split()) for words in told)
     assert f"P(SoBiRL > DRLHF) = {chance.rsplit(': ')[1]}, mean over the nine settings" in text
     table, chance = (ROOT / "results/labels_spread/tables.md").read_text(encoding="utf-8").split("\n\n")
     assert table in text and f"{chance.rstrip().rsplit(': ')[1]}, of nine pairs" in text

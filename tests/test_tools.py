@@ -22,7 +22,6 @@ from tools import figures, film, learning, plot, results, speed, tables, tabular
 
 ROOT = Path(__file__).parent.parent
 TUNED = ROOT / "results" / "tuned"  # docs/results.md, C
-PHASES = ("env", "inference", "bookkeeping", "critic", "hypergradient", "actor")
 VERSIONS = {"python": "3.11.7", "torch": "2.13.0", "gymnasium": "1.4.0", "git_commit": "0123abc"}
 
 
@@ -824,12 +823,13 @@ def test_speeds_that_pages_show_are_those_measured():
     same, cleanrl, widths = (read(ROOT / "results" / "speed" / f"{name}.csv") for name in files)
     several = lambda row: "{:,.0f} ({:,.0f} to {:,.0f})".format(*(float(row[name]) for name in turns))
     for row in same + cleanrl:
-        phases = [f"{float(row[f'{phase}_ms']):.0f}".removeprefix("0") for phase in PHASES]
+        phases = [f"{float(row[f'{phase}_ms']):.0f}".removeprefix("0") for phase in figures.PHASES]
         cells = [several(row), f"{float(row['ratio']):.2f}", f"{int(row['mib']):,}", *phases]
         assert cells in shown
     for row in widths:
         cells = [f"{float(row['critic_ms']) / 160:.2f}", f"{float(row['hypergradient_ms']) / 10:.1f}"]
         assert [*cells, several(row), f"{int(row['mib']):,}"] in [row[1:] for row in shown]
+    assert f"environments, {1e3 * float(same[0]['env_ms']) / 2048:.0f} µs a step in the first table" in line
 
     ratios = [float(row["ratio"]) for row in same]
     blpo, nested, matched, sb3, sbx, _ = rates = [float(row["sps"]) for row in same]
@@ -843,6 +843,11 @@ def test_speeds_that_pages_show_are_those_measured():
     assert told.format(ratios[0], blpo / sb3) in " ".join(page("README.md").split())
     assert f"{538_636 / float(cleanrl[-1]['sps']) / 60:.1f} minutes at the rate above" in line
     assert f"{630_784 / rates[0] / 60:.1f} minutes at its rate of the first table" in line
+    runs = [read(ROOT / "results" / f"Walker2d-v4__ppo__{seed}.csv") for seed in range(1, 6)]
+    enough = [[row["global_step"] for row in run if float(row["return_100"]) >= 2288][0] for run in runs]
+    steps = np.median(np.array(enough, float))
+    minutes = steps / float(cleanrl[1]["sps"]) / 60
+    assert f"{steps:,.0f} steps in the median, {minutes:.1f} minutes at its rate of the second table" in line
 
 
 def test_the_size_of_the_implicit_term_is_what_the_page_shows():

@@ -23,6 +23,11 @@ PANELS = (
 BOTH = ("drlhf", "sobirl")  # what by_setting compares
 
 
+def task(env_id: str) -> str:
+    """Its name in figures and tables: those of tools/tasks.py without their module."""
+    return env_id.removeprefix("tools.tasks-")
+
+
 def with_ratios(run: dict) -> dict:
     """A run's columns, with those that the figure calculates."""
     found = dict(run)
@@ -67,7 +72,7 @@ def draw(curves) -> Figure:
                 axis.set_yscale("log")
                 axis.yaxis.set_minor_formatter("")
     for axis, env_id in zip(axes[0], environments):
-        axis.set_title(env_id.removeprefix("tools.tasks-"))
+        axis.set_title(task(env_id))
         axis.yaxis.set_major_formatter("{x:,.10g}")
     figure.supxlabel("environment steps (thousands)", fontsize="medium")
     figure.tight_layout()
@@ -93,7 +98,7 @@ def table(summary, finals) -> str:
         cells.append(number(np.median(evaluated), decimals))
         for column in ("accuracy_replay", "accuracy_fresh", "reward_correlation"):
             cells.append(mean_where_known(summary, (env_id, method), column))
-        rows.append([env_id.removeprefix("tools.tasks-"), label(method), len(returns), *cells])
+        rows.append([task(env_id), label(method), len(returns), *cells])
     head = ["environment", "method", "seeds", "return, last 100 training episodes"]
     head += ["deterministic evaluation", "its median", "accuracy, old pairs", "accuracy, new pairs"]
     head += ["correlation with the true reward"]
@@ -109,7 +114,7 @@ def against_drlhf(summary, finals) -> str:
         base = evaluations.get((env_id, "drlhf"), np.array([]))
         interval, chance = ahead_cells(values, base, decimals_for(finals, env_id))
         if method not in ("sac", "drlhf") and interval:
-            rows.append([env_id.removeprefix("tools.tasks-"), label(method), interval, chance])
+            rows.append([task(env_id), label(method), interval, chance])
     head = ["environment", "method", "evaluation minus DRLHF's", "P(method > DRLHF)"]
     return markdown(head, rows) if rows else ""
 
@@ -136,7 +141,7 @@ def by_setting(summary, finals) -> str:
         cells.append(f"{beats(sobirl, drlhf):.2f}")
         for column in ("accuracy_replay", "reward_correlation"):
             cells.append(", ".join(mean_where_known(summary, group, column) for group in groups))
-        rows.append([env_id, setting, *cells])
+        rows.append([task(env_id), setting, *cells])
     chance = chance_of_improvement(evaluations, "drlhf", places, ours="sobirl")
     head = ["environment", "setting", "DRLHF, evaluation", "SoBiRL, evaluation", "P(SoBiRL > DRLHF)"]
     head += ["accuracy on old pairs, of both", "correlation with the true reward, of both"]
