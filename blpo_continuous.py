@@ -254,7 +254,8 @@ def make_batch(rollout, actor: Actor, critic: Critic, args: Args) -> tuple[Batch
 def minibatches(batch: Batch, args: Args, passes: int = 1):
     """Those of some passes over a batch, each in another order of its steps."""
     for _ in range(passes):
-        rows = torch.randperm(len(batch.obs)).view(args.num_minibatches, -1)
+        # As an array, since NumPy takes a tensor of one element for a number
+        rows = torch.randperm(len(batch.obs)).view(args.num_minibatches, -1).numpy()
         yield from map(Batch, *(x[rows] for x in batch))
 
 
@@ -437,7 +438,6 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                     ratio = namespace(logratio).exp(logratio)
                     normalized = standardized(mb.advantages) if args.norm_adv else mb.advantages
                     loss, dloss_dlogp = policy_loss(ratio, normalized, args.clip_coef)
-                    loss -= args.ent_coef * policy.entropy()
                     actor_grad = policy.gradient(dloss_dlogp, entropy_weight=-args.ent_coef)
 
                     # BLPO: the hypergradient h, along which the actor then steps (5)

@@ -14,7 +14,8 @@ so that the gradient of E[l] has two terms, the second one with grad Q and grad 
 
 (78) keeps of (14) the first step. The baseline b, the mean loss of the other pairs, is not in the paper: it
 changes no expectation where pairs are independent and pi has played them, since that of the sum is 0 then.
-(Pairs of one query may share steps, and where episodes terminate no segment crosses an end.) Of several
+(Pairs of one query may share steps, where episodes terminate no segment crosses an end, and that the states
+in which segments begin depend on pi, too, neither (14) nor (78) takes into account.) Of several
 members pi maximises the mean, and the leader's loss is the sum of theirs: l in the second term is the mean.
 A loss that has one of these as its gradient is linear in r_x and has no minimum; what keeps it in check is
 `bounded`, with a bound.
@@ -24,7 +25,10 @@ by a second one, the leader's own, and the leader pays for what that one's retur
 
     E[grad l] + lambda (grad R of the follower's segments - grad R of the rival's)
 
-This term is linear in r_x, too. It is taken as it is, without a bound: lambda says how much it counts.
+This term is linear in r_x, too. It is taken as it is, without a bound: lambda says how much it counts. The
+rival descends the same objective, E[l] - lambda R, the first part by REINFORCE. Its pairs serve for many
+updates, while it goes on from the policy that has played them: without PPO's clipped ratio (Schulman et al.,
+arXiv:1707.06347) it would make pairs of a high loss less and less likely, without end.
 """
 
 import math
@@ -35,7 +39,7 @@ from torch import nn
 
 from jacobian import flatten, jacobian_of, on_device, one_hot
 from nystrom import namespace, norm
-from support.preferences import Pairs, margins_of
+from support.preferences import Pairs, Preferences, margins_of
 
 LARGEST = 10_000_000  # numbers in the observations that are predicted at once
 
@@ -123,7 +127,7 @@ class BoxReward(Reward):
 
     def jacobians(self, obs, actions):
         xp, shape = namespace(obs), actions.shape[:-1]
-        x = xp.broadcast_to(obs, (*shape, obs.shape[-1]))
+        x = obs if obs.shape[:-1] == shape else xp.broadcast_to(obs, (*shape, obs.shape[-1]))
         if self.args.reward_input == "state-action":
             x = xp.concatenate([x, actions], -1)
         return [jacobian(x.reshape(-1, x.shape[-1])) for jacobian in self.jacobian_of_each], shape
@@ -160,6 +164,11 @@ class Chosen:
     def __rmatmul__(self, s):
         """s J: (m n, 1) -> (p,), the gradient of sum(s * outputs)."""
         return (s.reshape(*self.outputs.shape, 1) * self.chosen).sum(0) @ self.J
+
+
+def pairs_at(places, preferences: Preferences, device: str) -> Pairs:
+    """Those at these places in the queue, as what a reward net calculates with."""
+    return Pairs(*(on_device(x, device) for x in preferences.pairs(places)))
 
 
 # Losses, and their gradients
@@ -214,6 +223,17 @@ def hyper_gradient(reward: Reward, pairs: Pairs, others, chances, alpha: float, 
     return reward.gradient(each, rewards, by_rewards), (rewards[:, 0] - expected).sum((-2, -1)).mean()
 
 
+def rival_weights(losses, log_ratio, baseline: bool):
+    """The derivatives (M, 2, L) of E[l], by the log-probabilities that the rival gives to what was done in
+    pairs with the losses l (M,), which count as constants. They are those of PPO's clipped surrogate in
+    every step: mean of sum_{i,h} max(w ratio, w clip(ratio, 0.8, 1.2)) with w = l - b, b the mean loss. The
+    ratio's logarithm (M, 2, L) is 0 where the rival is still what it was when it played."""
+    weights = (losses - losses.mean() if baseline else losses)[:, None, None] / len(losses)
+    ratio = namespace(losses).exp(log_ratio.clip(-20, 20))
+    unclipped = weights * ratio
+    return (unclipped >= weights * ratio.clip(0.8, 1.2)) * unclipped
+
+
 def suffix_gradient(reward: Reward, pairs: Pairs, gamma: float, alpha: float, baseline: bool):
     """(14), a gradient (p,), where Q(s_h, a_h) is the discounted sum of rewards from h to the end of the
     segment, and V the mean of such sums over all segments. It is biased, since l depends on the same steps.
@@ -229,11 +249,11 @@ def suffix_gradient(reward: Reward, pairs: Pairs, gamma: float, alpha: float, ba
 
 def penalty_gradient(reward: Reward, best, rival, weight: float):
     """The gradient (p,) of weight times the mean of R over the segments `best` minus that over `rival`, each
-    of them steps (n, 2, L, ...), summed over the members; and that difference, of the members' mean."""
-    xp = namespace(best.obs)
-    obs, actions = (xp.stack([getattr(best, name), getattr(rival, name)]) for name in ("obs", "actions"))
+    of them steps (n, 2, L, ...) of NumPy, summed over the members; and that difference, of their mean."""
+    both = ([getattr(steps, name) for steps in (best, rival)] for name in ("obs", "actions"))
+    obs, actions = (on_device(np.stack(arrays), reward.args.device) for arrays in both)
     each, rewards = reward.at(obs, actions)  # (members, 2, n, 2, L)
-    by_rewards = xp.full_like(rewards, weight / (2 * len(best.obs)))
+    by_rewards = namespace(rewards).full_like(rewards, weight / (2 * len(best.obs)))
     by_rewards[:, 1] *= -1
     returns = rewards.sum(-1).mean((0, 2, 3))
     return reward.gradient(each, rewards, by_rewards), returns[0] - returns[1]

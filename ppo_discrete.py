@@ -225,7 +225,8 @@ def minibatches(batch: Batch, args: Args, passes: int = 1):
     together = len(batch.obs) // args.num_minibatches if args.trajectory_minibatches else 1
     groups = torch.arange(len(batch.obs)).view(-1, together)  # of neighbours
     for _ in range(passes):
-        rows = groups[torch.randperm(len(groups))].view(args.num_minibatches, -1)
+        # As an array, since NumPy takes a tensor of one element for a number
+        rows = groups[torch.randperm(len(groups))].view(args.num_minibatches, -1).numpy()
         yield from map(Batch, *(x[rows] for x in batch))
 
 
@@ -326,7 +327,6 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                     ratio = namespace(logratio).exp(logratio)
                     normalized = standardized(mb.advantages) if args.norm_adv else mb.advantages
                     loss, dloss_dlogp = policy_loss(ratio, normalized, args.clip_coef)
-                    loss -= args.ent_coef * policy.entropy()
                     actor_grad = policy.gradient(dloss_dlogp, entropy_weight=-args.ent_coef)
 
                     if args.joint_grad_clip:

@@ -55,7 +55,7 @@ import torch.nn as nn
 import leader
 from jacobian import Categorical, FusedAdam, flatten, jacobian_of, on_device, one_hot
 from leader import ChoiceReward, Reward, bounded, hyper_gradient, penalty_gradient, preference_gradient
-from leader import preference_loss, suffix_gradient
+from leader import pairs_at, preference_loss, rival_weights, suffix_gradient
 from nystrom import namespace, norm
 from support import evaluation
 from support.acting import numpy_policy
@@ -63,9 +63,9 @@ from support.command import start
 from support.environments import MANY, Environments, Image
 from support.flags import Count, Few, Name, Natural, NonNegative, Positive, Size
 from support.flags import UnitInterval, UnitStep, UpToBillion, UpToMillion
-from support.preferences import SECOND_TERM, Pairs, PreferenceFlags, Preferences, accuracy
+from support.preferences import SECOND_TERM, PreferenceFlags, Preferences, accuracy
 from support.preferences import check_queries, check_schedule, generator_of, margins_of
-from support.replay import Replay, Taken, Transitions, check_memory
+from support.replay import Replay, Transitions, check_memory
 from support.run_folder import Metrics, Run, finite, generators
 
 # Columns of progress.csv: of every method, and of those with a leader
@@ -157,7 +157,8 @@ class Args(PreferenceFlags):
     hyper_coef_max: NonNegative = 0.0
     """sobirl, hpgd: largest value of 1/temperature, the factor of the second term (0: any)"""
     baseline: bool = True
-    """subtract a mean of pairs' losses from each one in the second term (pbrl: in the rival's update)"""
+    """subtract a mean of pairs' losses from each one in the second term (pbrl: in the rival's update;
+    hpgd does so in any case)"""
     penalty: Positive = 0.01
     """pbrl: weight of the rival's regret, what its segments' learned rewards lack to the follower's"""
 
@@ -344,17 +345,12 @@ def temperature_gradient(log_prob, alpha: float, target_entropy: float):
 # The leader
 
 
-def pairs_at(places, preferences: Preferences, args: Args) -> Pairs:
-    """Those at these places in the queue."""
-    return Pairs(*(on_device(x, args.device) for x in preferences.pairs(places)))
-
-
 def second_term(reward: Reward, actor: Actor, alpha, preferences: Preferences, generator, args: Args, places):
     """(78), in which a' are all actions with their chances, or with hpgd (14): gradient and mean score. Of
     pairs of the last query, or, where they may be any, of those at these places in the queue."""
     if args.hyper_pairs == "fresh":
         places = preferences.some_fresh(args.hyper_batch_size, generator)
-    pairs = pairs_at(places, preferences, args)
+    pairs = pairs_at(places, preferences, args.device)
     if args.method == "hpgd":  # its sums are deviations from their own mean: there is no score
         return suffix_gradient(reward, pairs, args.gamma, alpha, args.baseline), math.nan
     policy = actor.policy(pairs.obs.reshape(-1, pairs.obs.shape[-1]))
@@ -372,27 +368,33 @@ def penalty_term(reward: Reward, preferences: Preferences, begin: int, args: Arg
     rival = preferences.segments(begin, args.hyper_batch_size, 2)
     if not len(best):  # all of the follower's episodes were too short: there is nothing to compare with
         return 0 * reward.vector, math.nan
-    both = (preferences.steps(starts) for starts in (best, rival))
-    both = (Taken(*(on_device(x, args.device) for x in steps)) for steps in both)
-    return penalty_gradient(reward, *both, args.penalty)
+    return penalty_gradient(reward, preferences.steps(best), preferences.steps(rival), args.penalty)
 
 
-def rival_gradient(rival: Actor, reward: Reward, preferences: Preferences, generator, args: Args):
-    """pbrl: that of E[l] by the rival's parameters, over a few of the pairs that it has played: REINFORCE."""
-    pairs = pairs_at(preferences.some_fresh(args.hyper_batch_size, generator), preferences, args)
-    losses, _ = preference_loss(margins_of(reward.at(pairs.obs, pairs.actions)[1]), pairs.labels)
-    losses = losses.mean(0)  # of the members
-    weights = losses - losses.mean() if args.baseline else losses
-    by_log_prob = namespace(losses).ones_like(pairs.obs[..., 0]) * (weights / len(weights))[:, None, None]
+def log_probs_of(rival: Actor, pairs):
+    """pbrl: the log-probabilities (M, 2, L) that the rival gives to what was done in pairs, and its policy
+    there."""
     policy = rival.policy(pairs.obs.reshape(-1, pairs.obs.shape[-1]), pairs.actions.reshape(-1))
-    return policy.gradient(by_log_prob.reshape(-1))
+    return policy.log_prob.reshape(pairs.actions.shape), policy
+
+
+def rival_gradient(rival: Actor, played, reward: Reward, preferences: Preferences, generator, args: Args):
+    """pbrl: what E[l], in units of the penalty for a step, adds to the rival's gradient. REINFORCE, of a few
+    of the pairs that it played last, with the log-probabilities `played` (M, 2, L) of all of them."""
+    places = preferences.some_fresh(args.hyper_batch_size, generator)
+    pairs = pairs_at(places, preferences, args.device)
+    losses, _ = preference_loss(margins_of(reward.at(pairs.obs, pairs.actions)[1]), pairs.labels)
+    log_probs, policy = log_probs_of(rival, pairs)
+    log_ratio = log_probs - played[places - preferences.fresh[0]]
+    by_log_probs = rival_weights(losses.mean(0), log_ratio, args.baseline)
+    return policy.gradient(by_log_probs.reshape(-1)) / (args.penalty * args.segment * reward.std)
 
 
 def train_reward(reward: Reward, adam, preferences, epochs: int, second, metrics: Metrics, lap, args: Args):
     """Steps of x along minus (13) and, if given, the `second` term, a function of places in the queue."""
     batches = list(preferences.minibatches(epochs, args.reward_batch_size))
     for left, places in zip(range(len(batches), 0, -1), batches):
-        pairs = pairs_at(places, preferences, args)
+        pairs = pairs_at(places, preferences, args.device)
         losses, margins, gradient = preference_gradient(reward, pairs)
         metrics.add(ce=losses.mean(), ce_grad_norm=norm(gradient))
         metrics.add(accuracy_train=accuracy(margins.mean(0), pairs.labels - 0.5))
@@ -439,14 +441,14 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
         reward = ChoiceReward(inputs, action_size, args, reward_network)
         reward_adam = FusedAdam(reward.vector, args.reward_lr, args.reward_decay)
         preferences = Preferences(args, replay, reward.predict)
+        hyper = generator_of(args, SECOND_TERM)
 
     # All that the iterations to come depend on: a checkpoint is the state of these
     parts = dict(actor=actor, critic=critic, target=target, temperature=temperature)
     parts |= dict(actor_adam=actor_adam, critic_adam=critic_adam, alpha_adam=alpha_adam)
     parts |= dict(envs=envs, replay=replay, **generators(args))
     if args.leads:
-        parts |= dict(reward=reward, reward_adam=reward_adam, preferences=preferences)
-        parts["hyper"] = generator_of(args, SECOND_TERM)
+        parts |= dict(reward=reward, reward_adam=reward_adam, preferences=preferences, hyper=hyper)
     if args.method == "pbrl":
         rival = Actor(inputs, action_size, args.hidden_size, args.device)
         rival_adam = FusedAdam(rival.vector, args.policy_lr)
@@ -475,8 +477,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                     action = torch.randint(action_size, (1,)).numpy()
                 else:
                     player = rival if args.method == "pbrl" and t < args.query_steps else actor
-                    outputs = numpy_policy(player.net)(obs)
-                    finite(outputs, "the policy has diverged: lower --policy-lr")
+                    outputs = finite(numpy_policy(player.net)(obs), "the policy diverged: lower --policy-lr")
                     action = actor.act(outputs, actor.noise(1))
                 lap("inference")
                 step = envs.step(actor.for_env(action, envs.action_space))
@@ -497,8 +498,10 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                         second = partial(penalty_term, reward, preferences, begin, args)
                     elif due:
                         alpha = max(temperature.alpha * reward.std, 1 / (args.hyper_coef_max or math.inf))
-                        second = partial(second_term, reward, actor, alpha, preferences, parts["hyper"], args)
+                        second = partial(second_term, reward, actor, alpha, preferences, hyper, args)
                     preferences.query(begin)
+                    if args.method == "pbrl" and preferences.queries > 1 and len(preferences.fresh):
+                        played = log_probs_of(rival, pairs_at(preferences.fresh, preferences, args.device))[0]
                     if len(preferences.fresh) and args.method != "random":
                         train_reward(reward, reward_adam, preferences, epochs, second, metrics, lap, args)
                     if args.reward_norm:
@@ -534,8 +537,7 @@ def train(args: Args, checkpoint: dict | None = None) -> Path:
                     if args.method == "pbrl":
                         _, gradient = actor_gradient(rival.policy(mb.obs), critic, mb.obs, alpha)
                         if preferences.queries > 1 and len(preferences.fresh):
-                            term = rival_gradient(rival, reward, preferences, parts["hyper"], args)
-                            gradient = gradient + term / (args.penalty * reward.std)
+                            gradient += rival_gradient(rival, played, reward, preferences, hyper, args)
                         rival_adam.step(gradient)
                     lap("actor")
 

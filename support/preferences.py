@@ -69,8 +69,25 @@ def check_schedule(args, every: dict[str, int]) -> None:
         due = played // steps_between > args.learning_starts // steps_between
         args.require(flag, due, f"be due once at least, after --learning-starts and within {steps}")
     if args.hyper:
-        last = played - args.outer_steps + args.query_steps
-        args.require("hyper_start", args.hyper_start <= last, f"be at most {last:,}, the last query's step")
+        check_second_term(args, played)
+
+
+def check_second_term(args, played: int) -> None:
+    """Refuses flags with which sobirl, hpgd or pbrl would be drlhf, whose gradient is all that the first
+    query has. played: steps of the run."""
+    last = played - args.outer_steps + args.query_steps
+    args.require("hyper_start", args.hyper_start <= last, f"be at most {last:,}, the last query's step")
+    several = args.learning_starts < played - args.outer_steps
+    steps = f"--outer-steps {args.outer_steps} twice before the end, {played:,} steps"
+    args.require("learning_starts", several, f"leave {steps}: the first query has no second term")
+    answered = args.initial_pairs - round(args.label_skip * args.initial_pairs)
+    some = args.label_budget == 0 or args.label_budget > answered
+    most = f"{answered}, the labels of the first query, which has no second term"
+    args.require("label_budget", some, f"be 0, or more than {most}")
+    if args.baseline or args.method == "hpgd":
+        instead = "" if args.method == "hpgd" else ", or come with --no-baseline"
+        for flag in ("pairs", "hyper_batch_size"):
+            args.require(flag, getattr(args, flag) > 1, f"be at least 2, to compare losses{instead}")
 
 
 def check_queries(args) -> None:
@@ -251,9 +268,9 @@ class Preferences:
     def ask(self, starts) -> np.ndarray:
         """Has pairs (M, 2) labelled, as far as --label-budget goes and the teacher answers, and queues them;
         where in the queue the new ones are."""
-        left = self.args.label_budget - self.asked if self.args.label_budget else len(starts)
-        starts = starts[:left]
         labels, answered = self.teacher.label(self.true_rewards(starts))
+        if self.args.label_budget:
+            answered &= self.asked + np.cumsum(answered) <= self.args.label_budget
         self.asked += int(answered.sum())
         new = int(answered.sum())
         self.starts = np.concatenate([self.starts, starts[answered]])

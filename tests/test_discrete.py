@@ -275,7 +275,7 @@ def given_pairs(batch):
     """What second_term and rival_gradient ask of Preferences, of all of these pairs."""
     every = np.arange(len(batch.labels))
     chosen = lambda places: Pairs(*(x[places] for x in batch))
-    return SimpleNamespace(some_fresh=lambda *_: every, pairs=chosen)
+    return SimpleNamespace(some_fresh=lambda *_: every, pairs=chosen, fresh=every)
 
 
 def second_term(reward, actor, batch, alpha=0.2, places=None, method="sobirl", given=()):
@@ -324,11 +324,12 @@ def test_the_other_terms(float64):
     expected = ((losses - b) * scores).mean(1).sum() / 0.2
     assert np.allclose(found, flat(torch.autograd.grad(expected, list(reward.parameters()))), atol=1e-13)
 
-    args = flags("--method", "pbrl")
-    found = sobirl.rival_gradient(rival, reward, given_pairs(batch), None, args)
+    args = flags("--method", "pbrl", "--penalty", 0.2, "--segment", 5)
+    played, _ = sobirl.log_probs_of(rival, batch)
+    found = sobirl.rival_gradient(rival, played, reward, given_pairs(batch), None, args)
     log_pi = torch.log_softmax(rival.net(torch.as_tensor(batch.obs)), -1)
     log_prob = of_actions(log_pi, batch.actions).sum((1, 2))
-    loss = ((losses - losses.mean()) * log_prob).mean()
+    loss = ((losses - losses.mean()) * log_prob).mean() / (0.2 * 5)
     assert np.allclose(found, flat(torch.autograd.grad(loss, list(rival.parameters()))), atol=1e-13)
 
 

@@ -27,10 +27,10 @@ ACTION_TWINS = [(ppo_continuous, ppo_discrete), (blpo_continuous, blpo_discrete)
 DIFFERENT = {pair: {"Args", "check_args", "Batch", "make_batch", "minibatches", "train"} for pair in TWINS}
 DIFFERENT |= {pair: {"Args", "Actor", "Batch", "train"} for pair in ACTION_TWINS}
 LEADERS = (sobirl_continuous, sobirl_discrete)
-DIFFERENT[LEADERS] = {"Args", "check_args", "Actor", "Critic", "train", "second_term", "rival_gradient"}
-DIFFERENT[LEADERS] |= {"soft_value", "critic_gradient", "actor_gradient"}
+DIFFERENT[LEADERS] = {"Args", "check_args", "Actor", "Critic", "train", "second_term", "log_probs_of"}
+DIFFERENT[LEADERS] |= {"soft_value", "critic_gradient", "actor_gradient", "rival_gradient"}
 SAME = {"gae_matrix", "gae", "policy_loss", "critic_loss", "with_next", "standardized"}
-SAME_OF_LEADERS = {"mlp", "Temperature", "temperature_gradient", "pairs_at", "penalty_term", "train_reward"}
+SAME_OF_LEADERS = {"mlp", "Temperature", "temperature_gradient", "penalty_term", "train_reward"}
 
 
 def source_of(script, name="train"):

@@ -12,9 +12,9 @@ import torch
 
 import sobirl_continuous as sobirl
 import sobirl_tabular as tabular
-from jacobian import SquashedGaussian
+from jacobian import FusedAdam, SquashedGaussian
 from leader import bounded, hyper_gradient, hyper_weights, penalty_gradient, preference_gradient
-from leader import preference_loss, suffix_gradient
+from leader import preference_loss, rival_weights, suffix_gradient
 from support.preferences import Pairs, Preferences, margins_of
 from support.replay import Replay
 from support.run_folder import PREVIOUS
@@ -248,19 +248,31 @@ def test_gradient_of_the_penalty(given):
     assert difference == pytest.approx(float((returns[0] - returns[1]).mean().detach()), rel=1e-9)
 
 
+def played_pairs(rival):
+    """Pairs that the rival has played, their log-probabilities, and what rival_gradient asks of Preferences:
+    an earlier query has left ten pairs."""
+    batch = pairs()
+    outputs = rival.jacobian(batch.obs.reshape(-1, 3)).outputs
+    actions = SquashedGaussian(outputs, np.random.default_rng(1).normal(size=(len(outputs), 2))).actions
+    batch = batch._replace(actions=actions.reshape(batch.actions.shape))
+    places = 10 + np.arange(6)
+    chosen = lambda of: Pairs(*(x[of - 10] for x in batch))
+    preferences = SimpleNamespace(some_fresh=lambda *_: places[::-1], pairs=chosen, fresh=places)
+    return batch, sobirl.log_probs_of(rival, batch)[0], preferences
+
+
 @pytest.mark.parametrize("baseline", [True, False])
 def test_gradient_of_the_rival(baseline):
     """REINFORCE: the losses, of the members' mean, less their mean, times the gradient of log y over both
-    segments."""
-    reward, batch = reward_net("--reward-members", 2), pairs()
+    segments, in units of what the penalty lets a step count."""
+    reward = reward_net("--reward-members", 2)
+    reward.mean_std[1] = 3.0
     torch.manual_seed(1)
     rival = sobirl.Actor(3, 4, 6)
-    outputs = rival.jacobian(batch.obs.reshape(-1, 3)).outputs
-    played = SquashedGaussian(outputs, np.random.default_rng(1).normal(size=(len(outputs), 2))).actions
-    batch = batch._replace(actions=played.reshape(batch.actions.shape))
-    preferences = SimpleNamespace(some_fresh=lambda *_: np.arange(6), pairs=lambda _: batch)
-    args = flags("--method", "pbrl", *([] if baseline else ["--no-baseline"]))
-    found = sobirl.rival_gradient(rival, reward, preferences, None, args)
+    batch, played, preferences = played_pairs(rival)
+    given = ["--method", "pbrl", "--penalty", 0.2, "--segment", 5]
+    args = flags(*given, *([] if baseline else ["--no-baseline"]))
+    found = sobirl.rival_gradient(rival, played, reward, preferences, None, args)
     margins = margins_of(learned(reward, batch.obs, batch.actions))
     labels = torch.as_tensor(batch.labels).expand_as(margins)
     losses = torch.nn.functional.binary_cross_entropy_with_logits(margins, labels, reduction="none")
@@ -269,8 +281,41 @@ def test_gradient_of_the_rival(baseline):
     u = torch.arctanh(torch.as_tensor(batch.actions))
     normal = torch.distributions.Normal(mean, (-5 + 3.5 * (raw.tanh() + 1)).exp())
     log_prob = normal.log_prob(u).sum((1, 2, 3))
-    loss = ((losses - losses.mean() if baseline else losses) * log_prob).mean()
+    loss = ((losses - losses.mean() if baseline else losses) * log_prob).mean() / (0.2 * 5 * 3)
     assert np.allclose(found, flat(torch.autograd.grad(loss, list(rival.parameters()))), atol=1e-12)
+
+
+@pytest.mark.parametrize("baseline", [True, False])
+def test_weights_of_pairs_that_another_rival_has_played(baseline):
+    """Those of PPO's clipped surrogate: they end where a step has become a fifth more or less likely, in the
+    direction of the gradient."""
+    rng = np.random.default_rng(0)
+    losses = rng.uniform(0, 2, 6)
+    log_ratio = rng.normal(0, 0.4, (6, 2, 4))
+    found = rival_weights(losses, log_ratio, baseline)
+    w = torch.as_tensor(losses - losses.mean() if baseline else losses)[:, None, None]
+    log_prob = torch.as_tensor(log_ratio).requires_grad_()
+    ratio = log_prob.exp()
+    surrogate = torch.maximum(w * ratio, w * ratio.clip(0.8, 1.2)).sum((1, 2)).mean()
+    (expected,) = torch.autograd.grad(surrogate, log_prob)
+    assert np.allclose(found, expected, atol=1e-15)
+    gone = np.where(w > 0, log_ratio < math.log(0.8), log_ratio > math.log(1.2))
+    assert ((found == 0) == gone).all() and 5 < gone.sum() < 40
+    assert np.isfinite(rival_weights(losses, 1e4 * log_ratio, baseline)).all()
+
+
+def test_a_rival_stays_near_the_pairs_that_it_has_played():
+    """However often it is updated by them: REINFORCE without a clip has no end."""
+    reward = reward_net()
+    torch.manual_seed(1)
+    rival = sobirl.Actor(3, 4, 6)
+    batch, played, preferences = played_pairs(rival)
+    adam = FusedAdam(rival.vector, 1e-2)
+    for _ in range(500):
+        args = flags("--method", "pbrl")
+        adam.step(sobirl.rival_gradient(rival, played, reward, preferences, None, args))
+    moved = sobirl.log_probs_of(rival, batch)[0] - played
+    assert 0.1 < np.median(abs(moved)) < 1
 
 
 def test_actions_at_the_edge_of_the_box_do_not_swamp_the_rival():
@@ -282,8 +327,11 @@ def test_actions_at_the_edge_of_the_box_do_not_swamp_the_rival():
     with torch.no_grad():
         last.weight.zero_(), last.bias.copy_(torch.tensor([9.0, 9.0, -0.5, -0.5]))  # means, spread of 0.1
     edge = batch._replace(actions=np.ones_like(batch.actions))
-    preferences = SimpleNamespace(some_fresh=lambda *_: np.arange(6), pairs=lambda _: edge)
-    found = sobirl.rival_gradient(rival, reward, preferences, None, flags("--method", "pbrl"))
+    places = np.arange(6)
+    preferences = SimpleNamespace(some_fresh=lambda *_: places, pairs=lambda _: edge, fresh=places)
+    played, *_ = sobirl.log_probs_of(rival, edge)
+    args = flags("--method", "pbrl", "--penalty", 1, "--segment", 1)
+    found = sobirl.rival_gradient(rival, played, reward, preferences, None, args)
     outputs = rival.jacobian(edge.obs.reshape(-1, 3)).outputs
     raw = SquashedGaussian.of(outputs, edge.actions.reshape(-1, 2))
     assert abs(raw.noise).min() > 9 and 0 < np.linalg.norm(found) < 100
