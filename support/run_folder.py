@@ -119,8 +119,10 @@ def versions() -> dict[str, str]:
 
 
 def git_commit(args) -> str:
+    """That of the script; with -dirty where a file has changed since."""
     with contextlib.suppress(OSError):  # no git here
-        git = ["git", "-C", script_of(args).resolve().parent, "rev-parse", "HEAD"]
+        git = ["git", "-C", script_of(args).resolve().parent, "describe", "--always", "--dirty"]
+        git += ["--exclude=*", "--abbrev=40"]  # the hash, whatever tags there are
         return subprocess.run(git, capture_output=True, text=True, errors="replace").stdout.strip()
     return ""
 

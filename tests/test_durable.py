@@ -653,6 +653,23 @@ def test_checkpoints_of_others(tmp_path, monkeypatch, capsys):
     assert "lost rows" in refused(ppo, capsys, "--resume", other)
 
 
+def test_a_run_knows_its_commit(tmp_path, monkeypatch):
+    """And whether a file has changed since; a tag changes nothing, nor does a file that git does not know."""
+    monkeypatch.setattr(run_folder, "script_of", lambda args: tmp_path / "script.py")
+    assert run_folder.git_commit(None) == ""
+
+    def git(*words):
+        words = ["git", "-c", "user.name=me", "-c", "user.email=me@here", *words]
+        return subprocess.run(words, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    (tmp_path / "script.py").write_text("1\n")
+    git("init"), git("add", "."), git("commit", "-m", "one"), git("tag", "-a", "v1", "-m", "one")
+    (tmp_path / "more.txt").write_text("2\n")
+    assert run_folder.git_commit(None) == git("rev-parse", "HEAD") != ""
+    (tmp_path / "script.py").write_text("2\n")
+    assert run_folder.git_commit(None) == git("rev-parse", "HEAD") + "-dirty"
+
+
 def test_a_foreign_checkpoint_is_not_executed(tmp_path, capsys):
     class Payload:
         def __reduce__(self):

@@ -147,6 +147,13 @@ def test_the_budget_of_labels(tmp_path):
     assert found.asked == len(found.labels) == 6
 
 
+def test_the_budget_is_of_labels_that_are_given(tmp_path):
+    """Pairs without an answer, of which every second one is, leave the others their labels."""
+    found = asked(tmp_path, "--label-budget", 3, "--label-skip", 0.5)
+    assert [len(found.ask(found.segments(0, 4, 2))) for _ in range(3)] == [2, 1, 0]
+    assert found.asked == len(found.labels) == 3
+
+
 def test_unanswered_pairs_are_not_queued(tmp_path):
     found = asked(tmp_path, "--label-skip", 0.5)
     starts = found.segments(0, 4, 2)
@@ -454,6 +461,11 @@ BAD = [
     (["--label-skip", "0.05"], "--label-skip", "--pairs 6"),
     (["--label-equal", "0.05"], "--label-equal", "--pairs 6"),
     (["--method", "sobirl", "--hyper-start", "396"], "--hyper-start", "at most 395"),
+    (["--method", "hpgd", "--total-timesteps", "99"], "--learning-starts", "before the end, 80 steps"),
+    (["--method", "pbrl", "--label-budget", "10"], "--label-budget", "more than 10"),
+    (["--method", "sobirl", "--label-budget", "5", "--label-skip", "0.5"], "--label-budget", "more than 5"),
+    (["--method", "sobirl", "--pairs", "1"], "--pairs", "at least 2, to compare losses, or come with --no-b"),
+    (["--method", "hpgd", "--no-baseline", "--hyper-batch-size", "1"], "--hyper-batch-size", "at least 2"),
     (["--total-timesteps", "79"], "--learning-starts", "60 steps, the whole iterations"),
     (["--buffer-size", "39"], "--buffer-size", "40"),
     (["--queue", "9"], "--queue", "--initial-pairs"),

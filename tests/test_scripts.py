@@ -497,6 +497,14 @@ def test_blpo_flags(flags, tmp_path):
     assert all(row["critic_loss_nested"] < row["critic_loss"] for row in table)
 
 
+@pytest.mark.parametrize("script", SCRIPTS + DISCRETE)
+def test_a_rollout_may_be_one_step(script, tmp_path):
+    env_id = "CartPole-v1" if script in DISCRETE else "Pendulum-v1"
+    one = ["--num-envs", "1", "--num-steps", "1", "--num-minibatches", "1", "--no-norm-adv"]
+    folder = train(script, tmp_path, *TINY, "--env-id", env_id, "--total-timesteps", "3", *one)
+    assert [row["skipped_updates"] for row in rows(folder / "progress.csv")] == [0, 0, 0]
+
+
 @pytest.mark.parametrize(
     "flags",
     [

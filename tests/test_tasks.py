@@ -133,6 +133,10 @@ def test_what_runs_have_achieved(tmp_path, capsys, refused, few_rounds):
     assert phi.share_of_best(problem, phi.true_return(problem, phi.follower(problem, problem.true))) == 1
     with refused("error: --csv ", "none.csv is not there"):
         phi.main(["table", "--csv", str(tmp_path / "none.csv")])
+    for contents in (b"", b"no model", (folder / "model.pt").read_bytes()[:500]):
+        (folder / "model.pt").write_bytes(contents)
+        with refused("model.pt is damaged"):
+            phi.main(["collect", *command])
     with refused("--problems"):
         phi.main(["tables", "--tables-csv", str(tmp_path / "tables.csv"), "--problems"])
     with refused("--csv ", "it is a folder"):

@@ -453,6 +453,26 @@ def test_permutation_p_by_enumeration():
     assert learning.permutation_p(apart, "a", "a", "E") == 1
 
 
+def test_permutation_p_with_unequal_numbers_of_seeds():
+    """As in a benchmark that is half done, where the unit of P is small, 1 / 453,600: against samples."""
+    rng = np.random.default_rng(0)
+    sizes = [(10, 10), (10, 9), (9, 9), (8, 10), (9, 8), (10, 7)]
+    values = {}
+    for env_id, (m, n) in enumerate(sizes):
+        values[env_id, "a"], values[env_id, "b"] = rng.normal(0.35, 1, m), rng.normal(0, 1, n)
+    wins = np.zeros(4000)
+    observed = 0.0
+    for env_id, (m, n) in enumerate(sizes):
+        both = np.concatenate([values[env_id, "a"], values[env_id, "b"]])
+        observed += (both[:m, None] > both[m:]).mean() / len(sizes)
+        for i in range(len(wins)):
+            mixed = rng.permutation(both)
+            wins[i] += (mixed[:m, None] > mixed[m:]).mean() / len(sizes)
+    expected = np.mean(abs(wins - 0.5) >= abs(observed - 0.5) - 1e-12)
+    p = learning.permutation_p(values, "a", "b", range(len(sizes)))
+    assert 0.01 < p < 0.3 and abs(p - expected) < 4 * (p * (1 - p) / len(wins)) ** 0.5
+
+
 def test_iqm_difference_by_hand():
     values = {("E", "blpo"): np.array([20.0, 30, 40, 1000]), ("E", "ppo-matched"): np.array([20.0, 20])}
     values["E", "nested"] = np.array([15.0, 15])
@@ -560,6 +580,22 @@ def test_runs_of_other_schedules_do_not_mix(tmp_path, refused):
     with refused("--anneal_timesteps 10000, not 0"):
         results.export(tmp_path / "runs", tmp_path / "results")
     assert old.exists()
+
+
+def test_runs_of_other_scripts_do_not_mix(tmp_path, refused):
+    """Older lines of a summary do not say which script they are of, and go with any."""
+    write_run(tmp_path / "runs", "mine", 1)
+    results.export(tmp_path / "runs", tmp_path / "results")
+    path = write_run(tmp_path / "runs", "mine", 2) / "config.json"
+    path.write_text(path.read_text().replace("ppo_continuous.py", "blpo_continuous.py"))
+    with refused("__mine__2__", "is a run of blpo_continuous.py, and not of ppo_continuous.py", "--exp-name"):
+        results.export(tmp_path / "runs", tmp_path / "results")
+    summary = tmp_path / "results" / "summary.csv"
+    rows = [row | {"script": ""} for row in results.read_csv(summary)]
+    results.write_csv(summary, rows)
+    (path.parent.parent / "Pendulum-v1__mine__1__1795573961" / "evaluation.csv").unlink()
+    results.export(tmp_path / "runs", tmp_path / "results")
+    assert [row["script"] for row in results.read_csv(summary)] == ["", "blpo_continuous.py"]
 
 
 # The published tables

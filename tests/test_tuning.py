@@ -64,6 +64,10 @@ def test_scores_by_hand(tmp_path, refused):
         tuning.factors(arguments(tmp_path))
     with refused("--csv ", "none.csv is no file"):
         tuning.table(arguments(tmp_path, csv=tmp_path / "none.csv"))
+    for text in ("method,configuration\nppo,0\n", "steps,seed\nmany,1\n"):
+        (tmp_path / "other.csv").write_text(text)
+        with refused("--csv ", "other.csv is damaged"):
+            tuning.table(arguments(tmp_path, csv=tmp_path / "other.csv"))
     write_rows(tmp_path, {"ppo-0": {walker: 300, hopper: 50, cheetah: 30}}, seed=102)
     assert tuning.means_of(arguments(tmp_path)) == {("ppo", 0): {walker: 200, hopper: 40, cheetah: 20}}
 

@@ -121,9 +121,9 @@ def permutation_p(values, first: str, second: str, environments) -> float:
     for x, y in pairs:
         wins = round(2 * len(x) * len(y) * beats(x, y))
         step = unit // (2 * len(x) * len(y))
-        spread = np.zeros(unit + 1)
-        spread[::step] = chances_of_wins(np.concatenate([x, y]), len(x))
-        chances = np.convolve(chances, spread)
+        before, chances = chances, np.zeros(len(chances) + unit)
+        for k, chance in enumerate(chances_of_wins(np.concatenate([x, y]), len(x))):
+            chances[k * step :][: len(before)] += chance * before
         observed += step * wins
     even = len(pairs) * unit // 2
     as_far = np.abs(np.arange(len(chances)) - even) >= abs(observed - even)

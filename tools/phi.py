@@ -114,7 +114,7 @@ def collect(args: Args) -> None:
             fail(f"{folder.name} has another follower than the problem: run it with {wanted}")
         try:
             found = measure(problem, *learned(folder, flags, problem))
-        except (OSError, KeyError, RuntimeError) as damage:
+        except Exception as damage:  # a torn file, other contents, an unreadable disk, ...
             fail(f"{folder}: model.pt is damaged ({shown(damage)})")
         method = flags["exp_name"].removesuffix(f"-{number}")
         name = (str(number), method, str(flags["seed"]))

@@ -251,6 +251,7 @@ def summary_row(config: dict, last: dict, evaluation: list[dict]) -> dict:
         "env_id": slug(flags["env_id"]),
         "exp_name": slug(flags["exp_name"]),
         "seed": str(flags["seed"]),
+        "script": config["script"],
         "global_step": last["global_step"],
         "return_100": round(float(last["return_100"]), 2),
         "eval_return": round(float(np.mean([float(episode["return"]) for episode in evaluation])), 2),
@@ -263,9 +264,13 @@ def summary_row(config: dict, last: dict, evaluation: list[dict]) -> dict:
 
 
 def refuse_changed_flags(folder: Path, row: dict, others: list[dict], named: str) -> None:
-    """Ends the program with one line if the flags of a run's line of the summary are not those of others."""
+    """Ends the program with one line if a run's line of the summary has not the script and flags of others.
+    Older lines do not name their script."""
     flags = LATER_FLAGS | json.loads(row["flags"])
     for other in others:
+        script, theirs = row.get("script"), other.get("script")
+        if script and theirs and script != theirs:
+            fail(f"{folder.name} is a run of {script}, and not of {theirs} as {named}: give it an --exp-name")
         theirs = LATER_FLAGS | json.loads(other["flags"])
         common = flags.keys() & theirs.keys()
         if changed := sorted(name for name in common if flags[name] != theirs[name]):

@@ -26,7 +26,7 @@ import tyro
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from support.flags import fail, parse_args
+from support.flags import fail, parse_args, shown
 from tools import results
 from tools.learning import budget, is_whole
 from tools.tables import markdown
@@ -94,9 +94,13 @@ def means_of(args: Args, later=()) -> dict[tuple[str, int], dict[str, float]]:
     if not args.csv.is_file():
         fail(f"--csv {args.csv} is no file")
     returns = defaultdict(lambda: defaultdict(list))
-    for row in [*results.read_csv(args.csv), *later]:
-        if int(row["steps"]) == args.steps and int(row["seed"]) in args.seeds:
-            returns[row["method"], int(row["configuration"])][row["env_id"]].append(float(row["return_100"]))
+    try:
+        for row in [*results.read_csv(args.csv), *later]:
+            if int(row["steps"]) == args.steps and int(row["seed"]) in args.seeds:
+                name = row["method"], int(row["configuration"])
+                returns[name][row["env_id"]].append(float(row["return_100"]))
+    except (KeyError, ValueError, TypeError) as problem:  # a missing column or cell, no number
+        fail(f"--csv {args.csv} is damaged ({shown(problem)})")
     whole = {
         name: {env: float(np.mean(found[env])) for env in ENVIRONMENTS}
         for name, found in returns.items()
