@@ -744,6 +744,12 @@ def test_the_methods_at_their_best_are_what_pages_say(capsys):
     rows = [cells_of(line) for line in capsys.readouterr().out.splitlines()[2:]]
     early, whole, final = (percents(row[4], row[5]) for row in rows if row[1] == "ppo-tuned")
     assert f"BLPO was ahead of PPO in {early} of the pairs of runs by the first quarter" in found()
+    measured = learning.measures(*results.load_results(TUNED))["AUC25"]
+    tasks = learning.shared_environments(measured, "blpo", "ppo-tuned")
+    ahead = [tables.beats(measured[task, "blpo"], measured[task, "ppo-tuned"]) for task in tasks]
+    assert sum(share > 0.5 for share in ahead) == 5 and ahead.count(0) == 2 and len(ahead) == 7
+    (p,) = (row[6] for row in rows if row[:2] == ["AUC, first quarter", "ppo-tuned"])
+    assert f"(p = {float(p):.2f}: ahead on five tasks, behind in every pair on two)" in found()
     assert f"by the whole curves, {whole}, and at the end, {final}, no difference is shown" in found()
     for measure in ("AUC", "final return"):
         _, low, high = chances[measure, "ppo-tuned"]
