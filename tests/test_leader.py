@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import sobirl_continuous as sobirl
+import sobirl_discrete
 import sobirl_tabular as tabular
 from jacobian import FusedAdam, SquashedGaussian
 from leader import bounded, hyper_gradient, hyper_weights, penalty_gradient, preference_gradient
@@ -542,6 +543,32 @@ def test_the_rival_plays_the_query(env_id, tmp_path, monkeypatch):
     saved = [torch.load(folder / name, weights_only=True)["parts"] for name in (PREVIOUS, "checkpoint.pt")]
     first, last = (parts["rival"] for parts in saved)
     assert all(not torch.equal(first[name], last[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "script, env_id",
+    [(sobirl, "Pendulum-v1"), (sobirl_discrete, "tests.probe_envs:ProbePole-v0")],
+)
+def test_ratios_are_to_the_rival_that_has_played(script, env_id, tmp_path, monkeypatch):
+    """They are 1 at the first update after a query, and other ones later."""
+    found = []
+    query, rival_weights = Preferences.query, script.rival_weights
+
+    def see_query(self, begin):
+        found.append([])
+        query(self, begin)
+
+    def see_weights(losses, log_ratio, baseline):
+        found[-1].append(float(abs(log_ratio).max()))
+        return rival_weights(losses, log_ratio, baseline)
+
+    monkeypatch.setattr(Preferences, "query", see_query)
+    monkeypatch.setattr(script, "rival_weights", see_weights)
+    given = [*SOBIRL, "--method", "pbrl", "--total-timesteps", 120, "--eval-episodes", 0, "--env-id", env_id]
+    train(script, tmp_path, *given, "--policy-lr", 1e-2)
+    assert not found[0] and len(found) == 3  # the first query's pairs are not the rival's alone
+    for ratios in found[1:]:
+        assert len(ratios) > 3 and ratios[0] < 1e-9 and min(ratios[1:]) > 1e-4
 
 
 def test_without_segments_of_the_follower_there_is_no_penalty(tmp_path):
