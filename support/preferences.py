@@ -6,6 +6,7 @@ preferences is measured against the environment's reward, without the teacher's 
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Callable, Literal, NamedTuple
 
@@ -75,15 +76,16 @@ def check_schedule(args, every: dict[str, int]) -> None:
 def check_second_term(args, played: int) -> None:
     """Refuses flags with which sobirl, hpgd or pbrl would be drlhf, whose gradient is all that the first
     query has. played: steps of the run."""
-    last = played - args.outer_steps + args.query_steps
-    args.require("hyper_start", args.hyper_start <= last, f"be at most {last:,}, the last query's step")
-    several = args.learning_starts < played - args.outer_steps
+    queries = (played - args.learning_starts) // args.outer_steps
     steps = f"--outer-steps {args.outer_steps} twice before the end, {played:,} steps"
-    args.require("learning_starts", several, f"leave {steps}: the first query has no second term")
-    answered = args.initial_pairs - round(args.label_skip * args.initial_pairs)
-    some = args.label_budget == 0 or args.label_budget > answered
-    most = f"{answered}, the labels of the first query, which has no second term"
-    args.require("label_budget", some, f"be 0, or more than {most}")
+    args.require("learning_starts", queries > 1, f"leave {steps}: the first query has no second term")
+    if args.label_budget:
+        first, further = (n - round(args.label_skip * n) for n in (args.initial_pairs, args.pairs))
+        most = f"{first}, the labels of the first query, which has no second term"
+        args.require("label_budget", args.label_budget > first, f"be 0, or more than {most}")
+        queries = min(queries, 1 + math.ceil((args.label_budget - first) / max(further, 1)))
+    last = args.learning_starts + (queries - 1) * args.outer_steps + args.query_steps
+    args.require("hyper_start", args.hyper_start <= last, f"be at most {last:,}, the last query's step")
     if args.baseline or args.method == "hpgd":
         instead = "" if args.method == "hpgd" else ", or come with --no-baseline"
         for flag in ("pairs", "hyper_batch_size"):

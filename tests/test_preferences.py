@@ -461,6 +461,7 @@ BAD = [
     (["--label-skip", "0.05"], "--label-skip", "--pairs 6"),
     (["--label-equal", "0.05"], "--label-equal", "--pairs 6"),
     (["--method", "sobirl", "--hyper-start", "396"], "--hyper-start", "at most 395"),
+    (["--method", "sobirl", "--hyper-start", "116", "--label-budget", "22"], "--hyper-start", "at most 115"),
     (["--method", "hpgd", "--total-timesteps", "99"], "--learning-starts", "before the end, 80 steps"),
     (["--method", "pbrl", "--label-budget", "10"], "--label-budget", "more than 10"),
     (["--method", "sobirl", "--label-budget", "5", "--label-skip", "0.5"], "--label-budget", "more than 5"),
