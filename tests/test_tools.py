@@ -118,6 +118,7 @@ def test_every_column_of_the_export(tmp_path):
         "env_id": "module-Some-Env-v0",
         "exp_name": "blpo-run",
         "seed": "7",
+        "script": "blpo_continuous.py",
         "global_step": str(64 * 401),
         "return_100": "123.46",
         "eval_return": "60.37",  # the mean of the three episodes

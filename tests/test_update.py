@@ -184,7 +184,7 @@ class PPOReference(Reference):
                 v_loss = 0.5 * v_loss.mean()
 
                 entropy_loss = mean_entropy(self.script, self.actor, obs)
-                self.meet_policy(ratio, pg_loss - args.ent_coef * entropy_loss)
+                self.meet_policy(ratio, pg_loss)
                 loss = pg_loss - args.ent_coef * entropy_loss + v_loss * args.vf_coef
                 for optimizer in self.optimizers:
                     optimizer.zero_grad()
@@ -289,8 +289,8 @@ class BLPOReference(Reference):
         ratio = (log_prob(self.script, actor, obs, actions) - chosen(old_logprobs, steps)).exp()
         A = chosen(advantages, steps)
         loss = surrogate(ratio, normalised(A, args), args.clip_coef)
-        loss = loss - args.ent_coef * mean_entropy(self.script, actor, obs)
         self.meet_policy(ratio, loss)
+        loss = loss - args.ent_coef * mean_entropy(self.script, actor, obs)
         h = flat_gradient(loss, actor, retain_graph=True)
         if args.ihvp != "none":
             implicit = self.implicit_term(ratio, A, chosen(weights, steps))
