@@ -94,11 +94,11 @@ class Reward(nn.Module):
     def seen(self, obs, actions):
         """What the follower sees, (...)."""
         mean, std = self.mean_std.tolist()
-        return (self.at(obs, actions)[1].mean(0).clip(-10, 10) - mean) / std
+        return ((self.at(obs, actions)[1].mean(0) - mean) / std).clip(-10, 10)
 
     def normalise(self, steps) -> None:
         """From now on the follower sees rewards of mean 0 and deviation 1 over these steps."""
-        rewards = self.predict(steps.obs, steps.actions).mean(0).clip(-10, 10)
+        rewards = self.predict(steps.obs, steps.actions).mean(0)
         self.mean_std[:] = torch.tensor([rewards.mean(), max(rewards.std(), 1e-6)])
 
     @torch.no_grad()

@@ -131,9 +131,9 @@ class Args(PreferenceFlags):
     reward_input: Literal["state-action", "state"] = "state-action"
     """what the reward net sees"""
     reward_output: Literal["tanh", "linear"] = "tanh"
-    """tanh: rewards in (-1, 1); linear: any, of which the follower sees no more than +-10"""
+    """tanh: rewards in (-1, 1); linear: any (what the follower sees ends at +-10, after --reward-norm)"""
     reward_norm: bool = False
-    """shift and scale what the follower sees, to mean 0 and deviation 1 over the last steps"""
+    """shift and scale what the follower sees, to mean 0 and deviation 1 over the last 10,000 steps"""
     hyper_bound: NonNegative = 0.3
     """sobirl, hpgd: largest norm of the second term, in units of that of drlhf's gradient (0: unbounded)"""
     hyper_pairs: Literal["fresh", "queue"] = "fresh"

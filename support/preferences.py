@@ -193,6 +193,7 @@ class Preferences:
         self.asked = 0  # labels that the teacher has given
         self.queries = 0
         self.fresh = np.arange(0)  # where in the queue the pairs of the last query are
+        self.noted = False  # that rewards are at their limits
         self.measured = dict.fromkeys(MEASURES, np.nan) | {"labels_used": 0}
 
     def query(self, begin: int) -> None:
@@ -243,6 +244,7 @@ class Preferences:
         values += (correlation(rewards, true_rewards), correlation(ranks(rewards), ranks(true_rewards)))
         values += (float(rewards.mean()), float(rewards.std()), float(np.mean(abs(rewards) > 0.99)))
         self.measured |= dict(zip(MEASURES, values))
+        self.note_saturation()
 
     def segments(self, begin: int, *shape: int, end: int | None = None):
         """First rows of segments from the row `begin` on, and before the row `end`, in an array of this
@@ -307,6 +309,15 @@ class Preferences:
             what = f"episodes of {env_id} terminate, and their lengths tell what is good"
             fix = """: --env-kwargs '{"terminate_when_unhealthy": false}' where the environment has it"""
             say(f"note: {what}, beside the preferences{'' if is_game(env_id) else fix}", error=True)
+
+    def note_saturation(self) -> None:
+        """Says once where rewards have reached the limits of tanh, which is flat there: what the net has got
+        wrong it then hardly unlearns."""
+        share = self.measured["reward_saturated"]
+        if share > 0.95 and self.args.reward_output == "tanh" and not self.noted:
+            self.noted = True
+            what = f"{share:.0%} of the learned rewards of the last 1,000 steps are within 0.01 of -1 or 1"
+            say(f"note: {what}, where the net learns little: see --reward-output", error=True)
 
     def pairs(self, chosen) -> Pairs:
         """Those at these places in the queue."""

@@ -312,6 +312,10 @@ def test_what_the_follower_sees():
     reward.vector *= 1000
     reward.mean_std[:] = torch.tensor([0.0, 1.0])
     assert abs(reward.seen(obs, actions)).max() == 10
+    reward.normalise(SimpleNamespace(obs=obs, actions=actions))  # this is cut, and not what it is of
+    large = reward.predict(obs, actions).mean(0)
+    assert np.allclose(reward.seen(obs, actions), (large - large.mean()) / large.std(), atol=1e-4)
+    assert abs(large).max() > 20
 
 
 # Runs
@@ -500,6 +504,20 @@ def test_what_only_the_first_query_can_know(tmp_path, capsys):
 def test_ends_of_episodes_that_tell_too_much_are_noted(tmp_path, capsys):
     train(sobirl, tmp_path, *PENDULUM, "--env-id", "Hopper-v4", "--total-timesteps", 100)
     assert capsys.readouterr().err.count("terminate_when_unhealthy") == 1
+
+
+@pytest.mark.parametrize("output, notes", [("tanh", 1), ("linear", 0)])
+def test_rewards_at_their_limits_are_noted(output, notes, tmp_path, capsys):
+    """Once, and only where there are limits: rewards are learned that all are 1, then some that are not."""
+    found = Preferences(flags("--reward-output", output), memory(tmp_path, 200), None)
+    steps(found.replay, 150)
+    for largest in (0.98, 0.995, 0.995, 0.5):
+        found.predict = lambda obs, actions: np.full((1, *obs.shape[:-1]), largest)
+        found.measure(found.different(0, 4))
+        said = capsys.readouterr().err
+        notes -= said.count("note: 100% of the learned rewards") * said.count("--reward-output")
+        assert largest > 0.98 or not said
+    assert notes == 0
 
 
 @pytest.mark.parametrize("method", ["sac", "drlhf", "sobirl", "hpgd", "pbrl"])
