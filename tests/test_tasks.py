@@ -310,6 +310,21 @@ def test_the_page_shows_what_these_tasks_have_come_to(number, env_id, methods):
         assert float(curve[-1]["return_100"]) == pytest.approx(float(row["return_100"]), rel=1e-3)
 
 
+def test_the_page_shows_what_is_known_of_halfcheetah():
+    """As long as not all runs are in."""
+    page = (ROOT / "docs" / "preferences.md").read_text(encoding="utf-8")
+    section = page.split("\n## 4. ")[1].split("\n## ")[0]
+    summary, _ = results.load_results(ROOT / "results" / "preferences")
+    summary = [row for row in summary if row["env_id"] == "HalfCheetah-v4"]
+    finals = results.grouped(summary)
+    assert preferences.table(summary, finals) in section and len(summary) == 8
+    ends = {name: results.column_of(summary, (env_id, name), "eval_return") for env_id, name in finals}
+    for name, told in {"drlhf": "DRLHF, by seed, at {}", "sobirl": "SoBiRL at {}"}.items():
+        *others, last = (f"{value:,.0f}" for value in ends[name])
+        assert told.format(f"{', '.join(others)} and {last}") in section
+    assert {row["labels_used"] for row in summary} == {"", f"{100 + 13 * 97}"} and "1,361 times" in section
+
+
 def test_the_page_shows_what_other_penalties_have_come_to():
     summary, _ = results.load_results(ROOT / "results" / "penalty")
     means = {
