@@ -318,6 +318,14 @@ def test_what_the_follower_sees():
     assert abs(large).max() > 20
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_reward_of_states_warns_of_nothing():
+    """PyTorch would, of an array that cannot be written, where matrices are large."""
+    reward = reward_net("--reward-input", "state", "--reward-hidden-size", 128, obs_dim=130)
+    obs, actions = np.zeros((200, 130), np.float32), np.zeros((200, 2), np.float32)
+    assert reward.at(obs, actions)[1].shape == (1, 200)
+
+
 # Runs
 
 
