@@ -250,8 +250,8 @@ def suffix_gradient(reward: Reward, pairs: Pairs, gamma: float, alpha: float, ba
 def penalty_gradient(reward: Reward, best, rival, weight: float):
     """The gradient (p,) of weight times the mean of R over the segments `best` minus that over `rival`, each
     of them steps (n, 2, L, ...) of NumPy, summed over the members; and that difference, of their mean."""
-    both = ([getattr(steps, name) for steps in (best, rival)] for name in ("obs", "actions"))
-    obs, actions = (on_device(np.stack(arrays), reward.args.device) for arrays in both)
+    obs = on_device(np.stack([best.obs, rival.obs]), reward.args.device)
+    actions = on_device(np.stack([best.actions, rival.actions]), reward.args.device)
     each, rewards = reward.at(obs, actions)  # (members, 2, n, 2, L)
     by_rewards = namespace(rewards).full_like(rewards, weight / (2 * len(best.obs)))
     by_rewards[:, 1] *= -1

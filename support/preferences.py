@@ -275,8 +275,8 @@ class Preferences:
         labels, answered = self.teacher.label(self.true_rewards(starts))
         if self.args.label_budget:
             answered &= self.asked + np.cumsum(answered) <= self.args.label_budget
-        self.asked += int(answered.sum())
         new = int(answered.sum())
+        self.asked += new
         self.starts = np.concatenate([self.starts, starts[answered]])
         self.labels = np.concatenate([self.labels, labels[answered].astype(np.float32)])
         there = self.starts.min(1, initial=2**62) >= self.replay.first

@@ -312,8 +312,8 @@ def test_a_rival_stays_near_the_pairs_that_it_has_played():
     rival = sobirl.Actor(3, 4, 6)
     batch, played, preferences = played_pairs(rival)
     adam = FusedAdam(rival.vector, 1e-2)
+    args = flags("--method", "pbrl")
     for _ in range(500):
-        args = flags("--method", "pbrl")
         adam.step(sobirl.rival_gradient(rival, played, reward, preferences, None, args))
     moved = sobirl.log_probs_of(rival, batch)[0] - played
     assert 0.1 < np.median(abs(moved)) < 1

@@ -113,9 +113,10 @@ def collect(args: Args) -> None:
             wanted = f"--no-autotune --no-reward-norm --alpha {problem.tau} --gamma {problem.gamma}"
             fail(f"{folder.name} has another follower than the problem: run it with {wanted}")
         try:
-            found = measure(problem, *learned(folder, flags, problem))
+            reward, actor = learned(folder, flags, problem)
         except Exception as damage:  # a torn file, other contents, an unreadable disk, ...
             fail(f"{folder}: model.pt is damaged ({shown(damage)})")
+        found = measure(problem, reward, actor)
         method = flags["exp_name"].removesuffix(f"-{number}")
         name = (str(number), method, str(flags["seed"]))
         row = dict(zip(("problem", "method", "seed"), name))

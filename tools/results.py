@@ -268,9 +268,9 @@ def refuse_changed_flags(folder: Path, row: dict, others: list[dict], named: str
     Older lines do not name their script."""
     flags = LATER_FLAGS | json.loads(row["flags"])
     for other in others:
-        script, theirs = row.get("script"), other.get("script")
-        if script and theirs and script != theirs:
-            fail(f"{folder.name} is a run of {script}, and not of {theirs} as {named}: give it an --exp-name")
+        script, known = row.get("script"), other.get("script")
+        if script and known and script != known:
+            fail(f"{folder.name} is a run of {script}, and not of {known} as {named}: give it an --exp-name")
         theirs = LATER_FLAGS | json.loads(other["flags"])
         common = flags.keys() & theirs.keys()
         if changed := sorted(name for name in common if flags[name] != theirs[name]):
