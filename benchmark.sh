@@ -135,7 +135,7 @@ method_command() { # sets script and method_flags for method $1 and $2 (continuo
             case ${1#sobirl-} in
                 unbounded) ;;
                 four) method_flags+=(--hyper-steps 4) ;;
-                authors) method_flags+=(--hyper-pairs queue --no-baseline) ;;
+                authors) method_flags+=(--hyper-pairs queue --no-baseline --no-reward-norm) ;;
                 *) fail "$unknown" ;;
             esac
             ;;

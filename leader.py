@@ -15,8 +15,10 @@ so that the gradient of E[l] has two terms, the second one with grad Q and grad 
 (78) keeps of (14) the first step. The baseline b, the mean loss of the other pairs, is not in the paper: it
 changes no expectation where pairs are independent and pi has played them, since that of the sum is 0 then.
 (Pairs of one query may share steps, where episodes terminate no segment crosses an end, and that the states
-in which segments begin depend on pi, too, neither (14) nor (78) takes into account.) Of several
-members pi maximises the mean, and the leader's loss is the sum of theirs: l in the second term is the mean.
+in which segments begin depend on pi, too, neither (14) nor (78) takes into account.) With
+--reward-norm the follower maximises (r_x - m) / s, cut at +-10, so that s alpha stands for alpha; m and s
+count as constants, although they depend on x, and the cut as if it were not there. Of several members pi
+maximises the mean, and the leader's loss is the sum of theirs: l in the second term is the mean.
 A loss that has one of these as its gradient is linear in r_x and has no minimum; what keeps it in check is
 `bounded`, with a bound.
 
@@ -25,7 +27,8 @@ by a second one, the leader's own, and the leader pays for what that one's retur
 
     E[grad l] + lambda (grad R of the follower's segments - grad R of the rival's)
 
-This term is linear in r_x, too. It is taken as it is, without a bound: lambda says how much it counts. The
+with R in the units that the follower sees. This term is linear in r_x, too. It is taken as it is, without a
+bound: lambda says how much it counts. Where the follower is not yet the better one, it is paid for that. The
 rival descends the same objective, E[l] - lambda R, the first part by REINFORCE. Its pairs serve for many
 updates, while it goes on from the policy that has played them: without PPO's clipped ratio (Schulman et al.,
 arXiv:1707.06347) it would make pairs of a high loss less and less likely, without end.
@@ -64,7 +67,9 @@ class Reward(nn.Module):
         self.nets = nn.ModuleList(nets)
         self.vector = flatten(self, args.device)  # x
         self.jacobian_of_each = [jacobian_of(net) for net in self.nets]
-        self.register_buffer("mean_std", torch.tensor([0.0, 1.0]))  # what --reward-norm takes away
+        # What --reward-norm takes away. No preference tells of a constant that all rewards have in common:
+        # where a linear net has one output, the gradient by its bias is rounding, of which Adam makes steps
+        self.register_buffer("mean_std", torch.tensor([0.0, 1.0]))
         self.eval()
 
     def jacobians(self, obs, actions):
@@ -99,7 +104,8 @@ class Reward(nn.Module):
     def normalise(self, steps) -> None:
         """From now on the follower sees rewards of mean 0 and deviation 1 over these steps."""
         rewards = self.predict(steps.obs, steps.actions).mean(0)
-        self.mean_std[:] = torch.tensor([rewards.mean(), max(rewards.std(), 1e-6)])
+        rounding = 1e-6 * (1 + abs(rewards.mean()))  # all that a net may have that is the same everywhere
+        self.mean_std[:] = torch.tensor([rewards.mean(), max(rewards.std(), rounding)])
 
     @torch.no_grad()
     def predict(self, obs, actions) -> np.ndarray:
@@ -249,14 +255,15 @@ def suffix_gradient(reward: Reward, pairs: Pairs, gamma: float, alpha: float, ba
 
 def penalty_gradient(reward: Reward, best, rival, weight: float):
     """The gradient (p,) of weight times the mean of R over the segments `best` minus that over `rival`, each
-    of them steps (n, 2, L, ...) of NumPy, summed over the members; and that difference, of their mean."""
+    of them steps (n, 2, L, ...) of NumPy, summed over the members; and that difference, of their mean. R is
+    in the units that the follower sees."""
     obs = on_device(np.stack([best.obs, rival.obs]), reward.args.device)
     actions = on_device(np.stack([best.actions, rival.actions]), reward.args.device)
     each, rewards = reward.at(obs, actions)  # (members, 2, n, 2, L)
-    by_rewards = namespace(rewards).full_like(rewards, weight / (2 * len(best.obs)))
+    by_rewards = namespace(rewards).full_like(rewards, weight / (2 * len(best.obs) * reward.std))
     by_rewards[:, 1] *= -1
     returns = rewards.sum(-1).mean((0, 2, 3))
-    return reward.gradient(each, rewards, by_rewards), returns[0] - returns[1]
+    return reward.gradient(each, rewards, by_rewards), (returns[0] - returns[1]) / reward.std
 
 
 def bounded(direct, second, bound: float):

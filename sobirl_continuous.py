@@ -15,7 +15,8 @@ Equation numbers are those of Yang, Gao & Yuan (arXiv:2405.19697); leader.py has
 The follower is soft actor-critic: Haarnoja et al. (arXiv:1812.05905), with the defaults of CleanRL's script.
 The actor pi (parameters theta) maximises reward and entropy; two critics Q_1, Q_2 estimate what an action is
 worth, and of two estimates the smaller one counts. For every step of the environment, B steps (s, a, s') are
-drawn from the replay memory; their rewards are asked of the reward net as it is now:
+drawn from the replay memory; their rewards are asked of the reward net as it is now, shifted and scaled
+(--reward-norm):
 
     V(s')    = min_i Q'_i(s', a') - alpha log pi(a'|s')                                   a' ~ pi(.|s')
     y        = r + gamma (1 - terminated) V(s')
@@ -64,7 +65,7 @@ from support.run_folder import Metrics, Run, finite, generators
 # Columns of progress.csv: of every method, and of those with a leader
 METRICS = ("alpha", "entropy", "critic_loss", "actor_loss", "q_mean", "skipped_updates")
 PHASES = ("inference", "env", "critic", "actor", "bookkeeping")
-LEADER = ("ce", "ce_grad_norm", "accuracy_train")
+LEADER = ("ce", "ce_grad_norm", "accuracy_train", "reward_scale")
 HYPER = ("hyper_grad_norm", "hyper_cosine", "hyper_bound_active", "hyper_dropped", "score_mean")
 
 
@@ -130,9 +131,9 @@ class Args(PreferenceFlags):
     """reward nets, of which the mean counts"""
     reward_input: Literal["state-action", "state"] = "state-action"
     """what the reward net sees"""
-    reward_output: Literal["tanh", "linear"] = "tanh"
-    """tanh: rewards in (-1, 1); linear: any (what the follower sees ends at +-10, after --reward-norm)"""
-    reward_norm: bool = False
+    reward_output: Literal["linear", "tanh"] = "linear"
+    """linear: any rewards (what the follower sees ends at +-10, after --reward-norm); tanh: in (-1, 1)"""
+    reward_norm: bool = True
     """shift and scale what the follower sees, to mean 0 and deviation 1 over the last 10,000 steps"""
     hyper_bound: NonNegative = 0.3
     """sobirl, hpgd: largest norm of the second term, in units of that of drlhf's gradient (0: unbounded)"""
@@ -147,7 +148,8 @@ class Args(PreferenceFlags):
     hyper_start: Natural = 0
     """environment steps before the second term, or pbrl's penalty, is taken"""
     hyper_coef_max: NonNegative = 0.0
-    """sobirl, hpgd: largest value of 1/temperature, the factor of the second term (0: any)"""
+    """sobirl, hpgd: largest factor of the second term, which is 1/temperature, and with --reward-norm that
+    divided by the deviation (0: any)"""
     baseline: bool = True
     """subtract a mean of pairs' losses from each one in the second term (pbrl: in the rival's update;
     hpgd does so in any case)"""
@@ -344,7 +346,7 @@ def rival_gradient(rival: Actor, played, reward: Reward, preferences: Preference
     log_probs, policy, J = log_probs_of(rival, pairs)
     log_ratio = log_probs - played[places - preferences.fresh[0]]
     by_log_probs = rival_weights(losses.mean(0), log_ratio, args.baseline)
-    return policy.score(by_log_probs.reshape(-1)) @ J / (args.penalty * args.segment * reward.std)
+    return policy.score(by_log_probs.reshape(-1)) @ J / (args.penalty * args.segment)
 
 
 def train_reward(reward: Reward, adam, preferences, epochs: int, second, metrics: Metrics, lap, args: Args):
@@ -354,7 +356,7 @@ def train_reward(reward: Reward, adam, preferences, epochs: int, second, metrics
         pairs = pairs_at(places, preferences, args.device)
         losses, margins, gradient = preference_gradient(reward, pairs)
         metrics.add(ce=losses.mean(), ce_grad_norm=norm(gradient))
-        metrics.add(accuracy_train=accuracy(margins.mean(0), pairs.labels - 0.5))
+        metrics.add(accuracy_train=accuracy(margins.mean(0), pairs.labels - 0.5), reward_scale=reward.std)
         if second and (left <= args.hyper_steps or not args.hyper_steps):
             lap("reward")
             term, score = second(places)

@@ -242,7 +242,8 @@ class Preferences:
         values = (accuracy(learned, true), accuracy(learned_old, true_old))
         values += (bayes_ceiling(true), float(np.mean(true == 0)) if len(true) else np.nan)
         values += (correlation(rewards, true_rewards), correlation(ranks(rewards), ranks(true_rewards)))
-        values += (float(rewards.mean()), float(rewards.std()), float(np.mean(abs(rewards) > 0.99)))
+        at_limits = np.mean(abs(rewards) > 0.99) if self.args.reward_output == "tanh" else np.nan
+        values += (float(rewards.mean()), float(rewards.std()), float(at_limits))
         self.measured |= dict(zip(MEASURES, values))
         self.note_saturation()
 
@@ -314,7 +315,7 @@ class Preferences:
         """Says once where rewards have reached the limits of tanh, which is flat there: what the net has got
         wrong it then hardly unlearns."""
         share = self.measured["reward_saturated"]
-        if share > 0.95 and self.args.reward_output == "tanh" and not self.noted:
+        if share > 0.95 and not self.noted:
             self.noted = True
             what = f"{share:.0%} of the learned rewards of the last 1,000 steps are within 0.01 of -1 or 1"
             say(f"note: {what}, where the net learns little: see --reward-output", error=True)

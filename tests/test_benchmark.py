@@ -160,7 +160,7 @@ LEADERS = {
     "sobirl": "--method sobirl",
     "sobirl-unbounded": "--method sobirl --hyper-bound 0",
     "sobirl-four": "--method sobirl --hyper-bound 0 --hyper-steps 4",
-    "sobirl-authors": "--method sobirl --hyper-bound 0 --hyper-pairs queue --no-baseline",
+    "sobirl-authors": "--method sobirl --hyper-bound 0 --hyper-pairs queue --no-baseline --no-reward-norm",
     "hpgd": "--method hpgd",
     "pbrl": "--method pbrl",
     "random": "--method random",

@@ -250,7 +250,7 @@ def cross_entropy(rewards, labels):
 
 
 MEMBERS = pytest.mark.parametrize(
-    "given", [[], ["--reward-output", "linear", "--reward-members", 2], ["--reward-input", "state"]]
+    "given", [[], ["--reward-output", "tanh", "--reward-members", 2], ["--reward-input", "state"]]
 )
 
 
@@ -285,7 +285,7 @@ def second_term(reward, actor, batch, alpha=0.2, places=None, method="sobirl", g
 
 @INPUTS
 @pytest.mark.parametrize("baseline", [True, False])
-@pytest.mark.parametrize("given", [[], ["--reward-output", "linear", "--reward-members", 2]])
+@pytest.mark.parametrize("given", [[], ["--reward-output", "tanh", "--reward-members", 2]])
 def test_gradient_of_the_second_term(given, baseline, inputs, float64):
     """(78) with the exact expectation over actions."""
     reward, batch = reward_net(*given, inputs=inputs), pairs(inputs)
@@ -324,6 +324,7 @@ def test_the_other_terms(float64):
     expected = ((losses - b) * scores).mean(1).sum() / 0.2
     assert np.allclose(found, flat(torch.autograd.grad(expected, list(reward.parameters()))), atol=1e-13)
 
+    reward.mean_std[1] = 3.0
     args = flags("--method", "pbrl", "--penalty", 0.2, "--segment", 5)
     played, _ = sobirl.log_probs_of(rival, batch)
     found = sobirl.rival_gradient(rival, played, reward, given_pairs(batch), None, args)
@@ -345,7 +346,7 @@ def tables(problem, x, Q):
     """Reward net and actor that are the tables x and softmax(Q / tau), states being vectors with a single
     1."""
     table = linear(x.reshape(Q.shape).T)
-    reward = sobirl.ChoiceReward(*Q.shape, flags("--reward-output", "linear"), lambda *_: table)
+    reward = sobirl.ChoiceReward(*Q.shape, flags(), lambda *_: table)
     actor = sobirl.Actor(len(Q), Q.shape[1], 4)
     actor.net = linear(Q.T / problem.tau)
     actor.jacobian = jacobian.jacobian_of(actor.net)
@@ -560,7 +561,7 @@ def test_flags_change_the_run(tmp_path):
         ["--method", "drlhf"],
         ["--method", "drlhf", "--reward-input", "state"],
         ["--method", "drlhf", "--reward-members", 2],
-        ["--method", "drlhf", "--reward-norm"],
+        ["--method", "drlhf", "--no-reward-norm"],
         ["--method", "random"],
         ["--method", "hpgd"],
         ["--method", "pbrl"],
@@ -628,7 +629,7 @@ def test_with_the_second_term_times_0_a_run_is_that_of_drlhf(tmp_path, monkeypat
 @pytest.mark.parametrize("method", ["sac", *LEADERS])
 def test_on_tensors_a_run_is_the_same(method, tmp_path, monkeypatch):
     """As on a GPU, where there are no NumPy arrays: here with tensors of the CPU."""
-    few = ["--total-timesteps", 120, "--eval-episodes", 0, "--reward-members", 2, "--reward-norm"]
+    few = ["--total-timesteps", 120, "--eval-episodes", 0, "--reward-members", 2]
     given = [*(LIGHTS if method in ("sac", "sobirl") else POLE), "--method", method, *few]
     expected = torch.load(train(sobirl, tmp_path, *given) / "model.pt", weights_only=True)
     monkeypatch.setattr(jacobian, "as_array", lambda tensor: tensor.detach())

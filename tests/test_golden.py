@@ -33,6 +33,7 @@ SAC = "--hidden-size 16 --batch-size 16 --outer-steps 100 --learning-starts 200 
 SAC += " --eval-episodes 1"
 LEARNED = "--query-steps 50 --segment 10 --pairs 8 --initial-pairs 12 --initial-epochs 5"
 LEARNED += " --reward-hidden-size 16"
+TANH = "--reward-output tanh --no-reward-norm"
 PROBE = "tests.probe_envs:Probe"
 CASES = {
     "blpo": f"blpo_continuous --env-id Hopper-v4 {SHORT}",
@@ -49,9 +50,11 @@ CASES = {
     "ppo discrete": f"ppo_discrete --env-id Acrobot-v1 {SHORT} --norm-obs",
     "sac": f"sobirl_continuous --env-id Hopper-v4 {SAC}",
     "drlhf": f"sobirl_continuous --method drlhf --env-id Pendulum-v1 {SAC} {LEARNED}",
+    "drlhf tanh": f"sobirl_continuous --method drlhf --env-id Pendulum-v1 {SAC} {LEARNED} {TANH}",
     "sobirl": f"sobirl_continuous --method sobirl --env-id Pendulum-v1 {SAC} {LEARNED}",
     "hpgd": f"sobirl_continuous --method hpgd --env-id Pendulum-v1 {SAC} {LEARNED}",
     "pbrl": f"sobirl_continuous --method pbrl --env-id Pendulum-v1 {SAC} {LEARNED}",
+    "pbrl discrete": f"sobirl_discrete --method pbrl --env-id {PROBE}Pole-v0 {SAC} {LEARNED}",
     "sac discrete": f"sobirl_discrete --env-id CartPole-v1 {SAC}",
     "sobirl discrete": f"sobirl_discrete --method sobirl --env-id {PROBE}Pole-v0 {SAC} {LEARNED}",
     "sobirl images": f"sobirl_discrete --method sobirl --env-id {PROBE}Lights-v0 {SAC} {LEARNED}",

@@ -157,8 +157,11 @@ def learned(reward, obs, actions):
     return outputs.tanh() if reward.args.reward_output == "tanh" else outputs
 
 
+THREE_TANH = ["--reward-output", "tanh", "--reward-members", 3]
+
+
 @pytest.mark.parametrize("baseline", [True, False])
-@pytest.mark.parametrize("given", [[], ["--reward-output", "linear"], ["--reward-members", 3]])
+@pytest.mark.parametrize("given", [[], ["--reward-output", "tanh"], THREE_TANH])
 def test_gradient_of_the_second_term(given, baseline):
     """(78) with expectations over five actions of any chances, the weights from the members' mean losses."""
     reward, batch = reward_net(*given), pairs()
@@ -182,7 +185,7 @@ def test_gradient_of_the_second_term(given, baseline):
 
 
 @pytest.mark.parametrize("baseline", [True, False])
-@pytest.mark.parametrize("given", [[], ["--reward-output", "linear", "--reward-members", 2]])
+@pytest.mark.parametrize("given", [[], ["--reward-output", "tanh", "--reward-members", 2]])
 def test_gradient_of_suffixes(given, baseline):
     """(14): sums of discounted sums, less their mean over all segments, written as loops."""
     reward, batch, gamma = reward_net(*given), pairs(), 0.8
@@ -241,12 +244,14 @@ def test_bounded():
 
 @pytest.mark.parametrize("given", [[], ["--reward-members", 2]])
 def test_gradient_of_the_penalty(given):
+    """In the follower's units: of a reward ten times as large the regret is the same."""
     reward, best, rival = reward_net(*given), pairs(), pairs(seed=1)
+    reward.mean_std[:] = torch.tensor([2.0, 3.0])
     gradient, difference = penalty_gradient(reward, best, rival, 0.7)
     returns = [learned(reward, batch.obs, batch.actions).sum(-1).mean((1, 2)) for batch in (best, rival)]
-    loss = 0.7 * (returns[0] - returns[1]).sum()
+    loss = 0.7 * (returns[0] - returns[1]).sum() / 3
     assert np.allclose(gradient, flat(torch.autograd.grad(loss, list(reward.parameters()))), atol=1e-13)
-    assert difference == pytest.approx(float((returns[0] - returns[1]).mean().detach()), rel=1e-9)
+    assert difference == pytest.approx(float((returns[0] - returns[1]).mean().detach()) / 3, rel=1e-9)
 
 
 def played_pairs(rival):
@@ -265,7 +270,8 @@ def played_pairs(rival):
 @pytest.mark.parametrize("baseline", [True, False])
 def test_gradient_of_the_rival(baseline):
     """REINFORCE: the losses, of the members' mean, less their mean, times the gradient of log y over both
-    segments, in units of what the penalty lets a step count."""
+    segments, in units of what the penalty lets a step count, which like the follower's rewards have been
+    divided by the deviation."""
     reward = reward_net("--reward-members", 2)
     reward.mean_std[1] = 3.0
     torch.manual_seed(1)
@@ -282,7 +288,7 @@ def test_gradient_of_the_rival(baseline):
     u = torch.arctanh(torch.as_tensor(batch.actions))
     normal = torch.distributions.Normal(mean, (-5 + 3.5 * (raw.tanh() + 1)).exp())
     log_prob = normal.log_prob(u).sum((1, 2, 3))
-    loss = ((losses - losses.mean() if baseline else losses) * log_prob).mean() / (0.2 * 5 * 3)
+    loss = ((losses - losses.mean() if baseline else losses) * log_prob).mean() / (0.2 * 5)
     assert np.allclose(found, flat(torch.autograd.grad(loss, list(rival.parameters()))), atol=1e-12)
 
 
@@ -405,15 +411,15 @@ def test_where_the_second_term_is_taken(tmp_path, monkeypatch):
     original = sobirl.second_term
 
     def spy(reward, actor, alpha, preferences, generator, args, places):
-        seen.append((preferences.queries, alpha, places, preferences.fresh.copy()))
+        seen.append((preferences.queries, alpha, places, preferences.fresh.copy(), reward.std))
         return original(reward, actor, alpha, preferences, generator, args, places)
 
     monkeypatch.setattr(sobirl, "second_term", spy)
     few = ["--total-timesteps", 160, "--eval-episodes", 0]
 
-    def calls(*given):
+    def calls(*given, norm="--no-reward-norm"):
         seen.clear()
-        train(sobirl, tmp_path, *SOBIRL, *few, *given)
+        train(sobirl, tmp_path, *SOBIRL, *few, norm, *given)
         return [queries for queries, *_ in seen]
 
     # 10, 16, 22, ... pairs in minibatches of 4, twice
@@ -426,10 +432,13 @@ def test_where_the_second_term_is_taken(tmp_path, monkeypatch):
     assert set(calls("--no-autotune", "--alpha", 0.5)) == {2, 3, 4, 5} and seen[0][1] == 0.5
     calls("--no-autotune", "--alpha", 0.5, "--hyper-coef-max", 1.25)
     assert {alpha for _, alpha, *_ in seen} == {0.8}
-    calls("--no-autotune", "--alpha", 0.5, "--reward-norm")
-    model = [alpha for _, alpha, *_ in seen]
-    assert len(set(model)) == 4 and 0.5 not in model  # times the deviation of the rewards
-    for _, _, places, fresh in seen:
+    calls("--no-autotune", "--alpha", 0.5, norm="--reward-norm")  # times the deviation of the rewards
+    assert len({alpha for _, alpha, *_ in seen}) == 4
+    assert all(alpha == 0.5 * std for _, alpha, *_, std in seen)
+    calls("--no-autotune", "--alpha", 0.5, "--hyper-coef-max", 5.7, norm="--reward-norm")
+    assert {alpha == 1 / 5.7 for _, alpha, *_ in seen} == {True, False}
+    assert all(alpha == max(0.5 * std, 1 / 5.7) for _, alpha, *_, std in seen)
+    for _, _, places, fresh, _ in seen:
         assert len(fresh) == 6 and len(places) <= 4
 
 

@@ -244,7 +244,8 @@ def test_measures(tmp_path):
     assert correlation(x, y) == pytest.approx(scipy.stats.pearsonr(x, y)[0], rel=1e-9)
     assert correlation(ranks(x), ranks(y)) == pytest.approx(scipy.stats.spearmanr(x, y)[0], rel=1e-9)
     assert math.isnan(correlation(x, 0 * y))
-    found = asked(tmp_path, predict=lambda obs, actions: np.tanh(obs[None, ..., 0] - 150))
+    steep = lambda obs, actions: np.tanh(obs[None, ..., 0] - 150)
+    found = asked(tmp_path, "--reward-output", "tanh", predict=steep)
     found.query(0)
     assert found.measured["reward_correlation"] > 0.5 and found.measured["reward_saturated"] > 0.9
     assert found.measured["labels_used"] == 4
@@ -252,6 +253,7 @@ def test_measures(tmp_path):
     wrong.query(0)
     assert wrong.measured["accuracy_fresh"] == wrong.measured["accuracy_replay"] == 0
     assert wrong.measured["reward_spearman"] == pytest.approx(-1)
+    assert math.isnan(wrong.measured["reward_saturated"])  # there are no limits
 
 
 # The loss
@@ -266,8 +268,8 @@ def reward_net(*given, obs_dim=3, action_size=2):
     "given",
     [
         [],
-        ["--reward-output", "linear"],
-        ["--reward-members", 3],
+        ["--reward-output", "tanh"],
+        ["--reward-output", "tanh", "--reward-members", 3],
         ["--reward-input", "state", "--reward-members", 2],
     ],
 )
@@ -282,7 +284,7 @@ def test_the_gradient_of_the_preferences(given, float64):
 
     x = obs if "state" in given else torch.cat([obs, actions], -1)
     outputs = torch.stack([net(x).squeeze(-1) for net in reward.nets])
-    expected = outputs if "linear" in given else outputs.tanh()
+    expected = outputs.tanh() if "tanh" in given else outputs
     assert np.allclose(found, expected.detach())
     returns = expected.sum(-1)
     cross_entropy = torch.nn.functional.binary_cross_entropy_with_logits(
@@ -301,7 +303,7 @@ def test_large_margins():
 
 
 def test_what_the_follower_sees():
-    reward = reward_net("--reward-output", "linear", "--reward-members", 2)
+    reward = reward_net("--reward-members", 2)
     obs, actions = np.random.default_rng(0).normal(size=(2, 50, 3)).astype(np.float32)
     actions = actions[:, :2]
     mean = reward.predict(obs, actions).mean(0)
@@ -315,6 +317,11 @@ def test_what_the_follower_sees():
     reward.normalise(SimpleNamespace(obs=obs, actions=actions))  # this is cut, and not what it is of
     large = reward.predict(obs, actions).mean(0)
     assert np.allclose(reward.seen(obs, actions), (large - large.mean()) / large.std(), atol=1e-4)
+    for net in reward.nets:  # rewards that differ by rounding alone are seen as equal
+        net[-1].weight.data *= 1e-5 / abs(net[-1].weight).max()
+        net[-1].bias.data[:] = 100
+    reward.normalise(SimpleNamespace(obs=obs, actions=actions))
+    assert 0 < abs(reward.seen(obs, actions)).max() < 0.3
     assert abs(large).max() > 20
 
 
@@ -338,9 +345,11 @@ def test_sac_builds_no_reward_net(tmp_path, monkeypatch):
 
 def test_the_order_of_an_iteration(tmp_path, monkeypatch):
     """In the first query are all steps, in later ones those of the frozen actor alone; labels in the queue
-    stay what they were, and the follower's targets are asked of the net as it is after its training."""
+    stay what they were, and the follower's targets are asked of the net as it is after its training, shifted
+    and scaled over all steps so far, which are less than 10,000."""
     events, labels = [], {}
     at, query, train_reward = sobirl.Reward.at, Preferences.query, sobirl.train_reward
+    normalise = sobirl.Reward.normalise
 
     def see_query(self, begin):
         query(self, begin)
@@ -354,16 +363,25 @@ def test_the_order_of_an_iteration(tmp_path, monkeypatch):
         train_reward(reward, *others)
         events.append(("trained", before, reward.vector.copy()))
 
+    def see_normalise(self, steps):
+        normalise(self, steps)
+        rewards = self.predict(steps.obs, steps.actions).mean(0)
+        assert np.allclose(self.mean_std, [rewards.mean(), rewards.std()], rtol=1e-5)
+        events.append(("normalised", len(rewards), self.mean_std.tolist()))
+
     def see_seen(self, obs, actions):
         events.append(("asked", self.vector.copy()))
+        assert self.mean_std.tolist() == [event for event in events if event[0] == "normalised"][-1][2]
         return at(self, obs, actions)[1].mean(0)
 
     monkeypatch.setattr(Preferences, "query", see_query)
     monkeypatch.setattr(sobirl, "train_reward", see_training)
     monkeypatch.setattr(sobirl.Reward, "seen", see_seen)
+    monkeypatch.setattr(sobirl.Reward, "normalise", see_normalise)
     folder = train(sobirl, tmp_path, *PENDULUM, "--total-timesteps", 140)
     kinds = [event[0] for event in events]
-    assert kinds == (["query", "trained"] + ["asked"] * 20) * 4  # as many updates as steps
+    assert kinds == (["query", "trained", "normalised"] + ["asked"] * 20) * 4  # as many updates as steps
+    assert [event[1] for event in events if event[0] == "normalised"] == [75, 95, 115, 135]
     queries = [event for event in events if event[0] == "query"]
     trained = [event for event in events if event[0] == "trained"]
     assert [written - begin for _, begin, written, *_ in queries] == [15] * 4
@@ -376,12 +394,14 @@ def test_the_order_of_an_iteration(tmp_path, monkeypatch):
         assert all((vector == after).all() for vector in seen)
     table = rows(folder / "progress.csv")
     assert [row["labels_used"] for row in table] == [0, 0, 0, 10, 16, 22, 28]
+    scales = [event[2][1] for event in events if event[0] == "normalised"]
+    assert [row["reward_scale"] for row in table[3:]] == pytest.approx([1, *scales[:-1]], rel=1e-6)
     for row, (*_, measured) in zip(table[3:], queries):
         assert row["accuracy_fresh"] == measured["accuracy_fresh"]
     assert all(math.isnan(row["accuracy_fresh"]) for row in table[:3])
     assert all(math.isfinite(row[name]) for row in table[3:] for name in ("ce", "ce_grad_norm", "r_std"))
     saved = torch.load(folder / "model.pt", weights_only=True)["reward"]
-    assert "nets.0.0.weight" in saved and saved["mean_std"].tolist() == [0, 1]
+    assert "nets.0.0.weight" in saved and saved["mean_std"].tolist() != [0, 1]
 
 
 def test_new_pairs_are_measured_before_they_are_queued(tmp_path, monkeypatch):
@@ -397,7 +417,7 @@ def test_the_random_reward_stays_as_it_is(tmp_path):
     folder = train(sobirl, tmp_path, *PENDULUM, "--method", "random", "--checkpoint-every", 2)
     first = torch.load(folder / PREVIOUS, weights_only=True)["parts"]["reward"]
     last = torch.load(folder / "checkpoint.pt", weights_only=True)["parts"]["reward"]
-    assert all(torch.equal(first[name], last[name]) for name in first)
+    assert [name for name in first if not torch.equal(first[name], last[name])] == ["mean_std"]
     table = rows(folder / "progress.csv")
     assert math.isfinite(table[-1]["accuracy_fresh"]) and math.isnan(table[-1]["ce"])
 
@@ -411,7 +431,7 @@ def test_after_the_budget_the_reward_stays(tmp_path):
 
 
 HOPPER = [*DURABLE, *QUERY, "--method", "drlhf", "--buffer-size", 90, "--labels", "bernoulli"]
-HOPPER += ["--query", "disagreement", "--reward-members", 2, "--reward-norm"]
+HOPPER += ["--query", "disagreement", "--reward-members", 2]
 STEPS = [61, 70, 75, 110, 199, 391]
 
 
@@ -453,8 +473,8 @@ def test_flags_change_the_run(tmp_path):
         ["--reward-hidden-size", 9],
         ["--reward-members", 2],
         ["--reward-input", "state"],
-        ["--reward-output", "linear"],
-        ["--reward-norm"],
+        ["--reward-output", "tanh"],
+        ["--no-reward-norm"],
     ]
     few = ["--total-timesteps", 120, "--eval-episodes", 0]
     found = [contents(train(sobirl, tmp_path, *PENDULUM, *few, *given))["model"] for given in variants]
@@ -528,21 +548,28 @@ def test_rewards_at_their_limits_are_noted(output, notes, tmp_path, capsys):
     assert notes == 0
 
 
+# What no preference tells of a reward, a constant: the gradient of these is rounding, and so is the mean
+CONSTANT = {("reward", "nets.0.4.bias"), ("reward", "nets.1.4.bias")}
+
+
 @pytest.mark.parametrize("method", ["sac", "drlhf", "sobirl", "hpgd", "pbrl"])
 def test_on_tensors_a_run_is_the_same(method, tmp_path, monkeypatch):
     """As on a GPU, where there are no NumPy arrays: here with tensors of the CPU."""
-    few = ["--total-timesteps", 120, "--eval-episodes", 0, "--reward-members", 2, "--reward-norm"]
+    few = ["--total-timesteps", 120, "--eval-episodes", 0, "--reward-members", 2]
     given = [*PENDULUM, "--method", method, *few]
     expected = torch.load(train(sobirl, tmp_path, *given) / "model.pt", weights_only=True)
     monkeypatch.setattr(jacobian, "as_array", lambda tensor: tensor.detach())
     found = torch.load(train(sobirl, tmp_path, *given) / "model.pt", weights_only=True)
     for net in {"actor", "critic", "reward"} & expected.keys():
         for name, value in expected[net].items():
-            assert torch.allclose(found[net][name], value, rtol=1e-4, atol=1e-6), (net, name)
+            if (net, name) in CONSTANT:
+                continue
+            close = torch.isclose(found[net][name], value, rtol=1e-4, atol=1e-6)
+            assert (close[1:] if name == "mean_std" else close).all(), (net, name)
 
 
 def test_learns_to_balance_a_pendulum_from_preferences(tmp_path):
-    """6,500 steps, after which the mean return of seeds 1 and 2 is -87 and -166."""
+    """6,500 steps, after which the mean returns of seeds 1 to 3 are -87, -163 and -162."""
     given = ["--env-id", "Pendulum-v1", "--hidden-size", 64, "--batch-size", 64, "--policy-lr", 3e-3]
     given += ["--q-lr", 4e-3, "--tau", 0.04, "--learning-starts", 1000, "--total-timesteps", 6500]
     given += ["--method", "drlhf", "--reward-lr", 3e-3]
