@@ -14,8 +14,10 @@ from support.environments import env_state, make_env
 from tests.test_discrete import SMALL, flags
 from tests.test_scripts import ROOT, train
 from tools import phi, plot, preferences, results
+from tools.tables import ahead_cells
 
 PREFERENCE = [*SMALL, "--env-id", "tools.tasks:Preference-v0", "--segment", 2, "--no-autotune"]
+PREFERENCE += ["--no-reward-norm"]
 
 
 @pytest.fixture
@@ -88,10 +90,11 @@ def test_phi_is_that_of_the_table(few_rounds):
 
 
 def test_what_runs_have_achieved(tmp_path, capsys, refused, few_rounds):
-    for method, exp_name in (("drlhf", "drlhf-2"), ("sobirl", "sobirl-unbounded-2")):
-        given = ["--env-kwargs", '{"problem": 2}', "--method", method, "--exp-name", exp_name]
-        given += ["--alpha", 0.2, "--gamma", 0.9]
-        folder = train(sobirl_discrete, tmp_path / "runs", *PREFERENCE, *given)
+    folders = {}
+    for method, name, output in (("drlhf", "drlhf", "linear"), ("sobirl", "sobirl-unbounded", "tanh")):
+        given = ["--env-kwargs", '{"problem": 2}', "--method", method, "--exp-name", f"{name}-2"]
+        given += ["--reward-output", output, "--alpha", 0.2, "--gamma", 0.9]
+        folders[output] = train(sobirl_discrete, tmp_path / "runs", *PREFERENCE, *given)
     command = ["--runs-dir", str(tmp_path / "runs"), "--csv", str(tmp_path / "phi.csv")]
     phi.main(["collect", *command])
     phi.main(["collect", *command])  # again is no more
@@ -99,23 +102,28 @@ def test_what_runs_have_achieved(tmp_path, capsys, refused, few_rounds):
     phi.main(["collect", *command])  # nor are runs of another kind
     found = results.read_csv(tmp_path / "phi.csv")
     assert [(row["problem"], row["method"]) for row in found] == [("2", "drlhf"), ("2", "sobirl-unbounded")]
-    model = torch.load(folder / "model.pt", weights_only=True)
-    nets = {"reward": sobirl_discrete.reward_network(4, 8, 3), "actor": sobirl_discrete.Actor(4, 3, 8).net}
-    for name, net in nets.items():
-        prefix = "nets.0." if name == "reward" else "net."
-        weights = {k.removeprefix(prefix): v for k, v in model[name].items() if k.startswith(prefix)}
-        net.load_state_dict(weights)
-    with torch.no_grad():
-        reward, pi = nets["reward"](torch.eye(4)).tanh(), nets["actor"](torch.eye(4)).softmax(1)
-    expected = phi.measure(tabular.preference(2), reward.double(), pi.double())
-    for column, value in expected.items():
-        assert float(found[1][column]) == pytest.approx(value, abs=1e-4)
+    for row, (output, folder) in zip(found, folders.items()):
+        model = torch.load(folder / "model.pt", weights_only=True)
+        nets = {"reward": sobirl_discrete.reward_network(4, 8, 3)}
+        nets["actor"] = sobirl_discrete.Actor(4, 3, 8).net
+        for name, net in nets.items():
+            prefix = "nets.0." if name == "reward" else "net."
+            weights = {k.removeprefix(prefix): v for k, v in model[name].items() if k.startswith(prefix)}
+            net.load_state_dict(weights)
+        with torch.no_grad():
+            reward, pi = nets["reward"](torch.eye(4)), nets["actor"](torch.eye(4)).softmax(1)
+        reward = reward.tanh() if output == "tanh" else reward
+        expected = phi.measure(tabular.preference(2), reward.double(), pi.double())
+        for column, value in expected.items():
+            assert float(row[column]) == pytest.approx(value, abs=1e-4)
     capsys.readouterr()
     phi.main(["table", *command])
     table = capsys.readouterr().out.splitlines()
     heads = "| problem | drlhf, networks (1 runs) | sobirl-unbounded, networks (1 runs) | exact (9), table |"
     assert table[0].startswith(heads)
-    for changed, line in (([], "--alpha 0.2 --gamma 0.9"), (["--batch-size", 9], "--batch_size 9, not 8")):
+    others = {"--alpha 0.2 --gamma 0.9": [], "--batch_size 9, not 8": ["--batch-size", 9]}
+    others["run it with --no-autotune --no-reward-norm"] = ["--reward-norm"]
+    for line, changed in others.items():
         alpha = given if changed else given[:-4]
         wrong = train(sobirl_discrete, tmp_path / line, *PREFERENCE, *alpha, "--seed", 2, *changed)
         with refused(line):
@@ -291,38 +299,99 @@ def test_the_comparison_by_setting():
         assert preferences.by_setting(other, results.grouped(other)) == ""
 
 
-@pytest.mark.parametrize(
-    "number, env_id, methods",
-    [(2, "Pendulum-v1", 9), (3, "tools.tasks-PendulumBins-v0", 9), (6, "Reacher-v5", 6)],
-)
-def test_the_page_shows_what_these_tasks_have_come_to(number, env_id, methods):
-    """Tables, and the runs that were registered."""
-    folder = ROOT / "results" / "preferences"
+SMALL_TASKS = ["Pendulum-v1", "tools.tasks-PendulumBins-v0", "Reacher-v5"]
+CHEETAH = "HalfCheetah-v4"
+
+
+def section_of(number: int) -> str:
     page = (ROOT / "docs" / "preferences.md").read_text(encoding="utf-8")
-    section = page.split(f"\n## {number}. ")[1].split("\n## ")[0]
-    summary = [row for row in results.load_results(folder)[0] if row["env_id"] == env_id]
+    return page.split(f"\n## {number}. ")[1].split("\n## ")[0]
+
+
+def runs_of(folder: str, *env_ids: str):
+    summary, _ = results.load_results(ROOT / "results" / folder)
+    return [row for row in summary if row["env_id"] in env_ids]
+
+
+@pytest.mark.parametrize(
+    "number, folder, env_ids, groups",
+    [
+        (2, "preferences", SMALL_TASKS[:1], 9),
+        (3, "preferences", SMALL_TASKS[1:2], 9),
+        (6, "preferences", SMALL_TASKS[2:], 6),
+        (7, "linear", [CHEETAH], 2),
+        (8, "linear", SMALL_TASKS, 3),
+    ],
+)
+def test_the_page_shows_what_these_tasks_have_come_to(number, folder, env_ids, groups):
+    """Tables, and the runs that were registered."""
+    section, summary = section_of(number), runs_of(folder, *env_ids)
     finals = results.grouped(summary)
     for table in (preferences.table(summary, finals), preferences.against_drlhf(summary, finals)):
         assert table in section
-    assert {len(values) for values in finals.values()} == {5} and len(finals) == methods
+    assert {len(values) for values in finals.values()} == {5} and len(finals) == groups
     for row in summary:
-        curve = results.read_csv(results.curve_path(folder, row))
+        curve = results.read_csv(results.curve_path(ROOT / "results" / folder, row))
         assert float(curve[-1]["return_100"]) == pytest.approx(float(row["return_100"]), rel=1e-3)
 
 
 def test_the_page_shows_what_is_known_of_halfcheetah():
     """As long as not all runs are in."""
-    page = (ROOT / "docs" / "preferences.md").read_text(encoding="utf-8")
-    section = page.split("\n## 4. ")[1].split("\n## ")[0]
-    summary, _ = results.load_results(ROOT / "results" / "preferences")
-    summary = [row for row in summary if row["env_id"] == "HalfCheetah-v4"]
+    section, summary = " ".join(section_of(4).split()), runs_of("preferences", CHEETAH)
     finals = results.grouped(summary)
-    assert preferences.table(summary, finals) in section and len(summary) == 9
-    ends = {name: results.column_of(summary, (env_id, name), "eval_return") for env_id, name in finals}
+    assert preferences.table(summary, finals) in section_of(4)
+    assert len(summary) < 15 and f"**Status.** {len(summary)} of the 15 runs" in section
     for name, told in {"drlhf": "By seed, DRLHF at {}", "sobirl": "SoBiRL at {}"}.items():
-        *others, last = (f"{value:,.0f}" for value in ends[name])
-        assert told.format(f"{', '.join(others)} and {last}") in " ".join(section.split())
+        *others, last = (f"{value:,.0f}" for value in evaluations("preferences", CHEETAH, name))
+        assert told.format(f"{', '.join(others)} and {last}") in section
     assert {row["labels_used"] for row in summary} == {"", f"{100 + 13 * 97}"} and "1,361 times" in section
+
+
+def evaluations(folder: str, env_id: str, method: str = "drlhf"):
+    return results.column_of(runs_of(folder, env_id), (env_id, method), "eval_return")
+
+
+def test_why_rewards_have_no_limits():
+    """The rule of section 8, which was registered, and what is said of it."""
+    medians = [np.median(evaluations(folder, CHEETAH)) for folder in ("linear", "preferences")]
+    medians.append(np.median(evaluations("preferences", CHEETAH, "sac")))
+    free, limited, sac = medians
+    assert free >= sac / 2 > limited
+    in_short = (ROOT / "docs" / "preferences.md").read_text(encoding="utf-8").split("*Registered*")[0]
+    for median in medians:
+        assert f"{median:,.0f}" in in_short and f"{median:,.0f}" in section_of(7) + section_of(4)
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"to a return of {free:,.0f}, SAC with the true reward to {sac:,.0f} (medians)" in readme
+    intervals = []
+    for env_id, decimals in zip(SMALL_TASKS, (0, 0, 1)):
+        ends = evaluations("linear", env_id)
+        assert env_id == "Reacher-v5" or np.median(ends) >= -200
+        intervals.append(ahead_cells(ends, evaluations("preferences", env_id), decimals)[0])
+        assert float(intervals[-1].split(" to ")[1]) > 0  # not shown to be lower
+    assert f"is {intervals[0]}, {intervals[1]} and {intervals[2]}." in " ".join(section_of(8).split())
+    assert flags().reward_output == "linear" and flags().reward_norm
+    gain, chance = ahead_cells(evaluations("linear", CHEETAH), evaluations("preferences", CHEETAH), 0)
+    assert f"by {gain} (Welch's 95 % interval; every run above" in section_of(7) and chance == "1.00"
+
+
+def test_where_rewards_come_apart():
+    """docs/preferences.md, 4: in how many runs, and how well they then predict old pairs."""
+    lowest, accuracies = {"preferences": [], "linear": []}, []
+    for folder, found in lowest.items():
+        for row in runs_of(folder, CHEETAH):
+            if row["exp_name"] == "sac":
+                continue
+            curve = results.read_csv(results.curve_path(ROOT / "results" / folder, row))
+            curve = [point for point in curve if float(point["global_step"]) > 60_000]
+            found.append(min(float(point["reward_correlation"]) for point in curve))
+            if found[-1] < -0.1:
+                old = [float(point["accuracy_replay"]) for point in curve]
+                accuracies.append((min(old), old[-1]))
+    fallen, ended = zip(*accuracies)
+    section = " ".join(section_of(4).split())
+    assert f"In {len(accuracies)} of the {len(lowest['preferences'])} runs that learn a reward" in section
+    told = f"between {min(fallen):.2f} and {max(fallen):.2f}, and ends between {min(ended):.2f} and"
+    assert f"{told} {max(ended):.2f}." in section and min(lowest["linear"]) > -0.1
 
 
 def test_the_page_shows_what_other_penalties_have_come_to():
