@@ -191,6 +191,7 @@ class Run:
         self.closed = False
         self.files = {}
         self.lines = {}
+        self.columns = []  # of progress.csv
         self.handlers = {}
         self.bar = None
         self.wandb = None
@@ -296,6 +297,8 @@ class Run:
             for name, file in self.files.items():
                 kept = (self.folder / name).read_bytes().splitlines(keepends=True)[: self.lines[name]]
                 file.truncate(sum(map(len, kept)))
+                if name == "progress.csv" and kept:
+                    self.columns = kept[0].decode().strip().split(",")
 
     def move_the_end(self, before: int) -> None:
         """Makes --total-timesteps, which was `before`, the end of the run."""
@@ -370,13 +373,15 @@ class Run:
             say(f"note: {what}. Very large rewards? Try {fix} step sizes", error=True)
 
     def log(self, row: dict, line: str) -> None:
-        """A row of progress.csv, of wandb and TensorBoard, and `line` for the terminal. Every row has the
-        columns of the first; the first column says how far the run is."""
+        """A row of progress.csv, of wandb and TensorBoard, and `line` for the terminal. In progress.csv every
+        row has the columns of the first one, which another version may have written, with nan for what the
+        row lacks; the first column says how far the run is."""
         with self.storing():
             os.stat(self.folder / "progress.csv")  # the open file would not notice that the folder is gone
         if not self.lines["progress.csv"]:
+            self.columns = list(row)
             self.write("progress.csv", ",".join(row))
-        self.write("progress.csv", ",".join(map(str, row.values())))
+        self.write("progress.csv", ",".join(str(row.get(column, math.nan)) for column in self.columns))
         self.step = next(iter(row.values()))
         if self.wandb:
             with self.broadcast():

@@ -600,6 +600,25 @@ def test_a_checkpoint_without_physics_is_refused(tmp_path, monkeypatch, capsys):
     ppo.main(["--resume", str(folder)])
 
 
+def test_rows_keep_the_columns_of_the_first(tmp_path, monkeypatch):
+    """Also of a version that did not have one of today's, or had another one."""
+    folder = interrupted(ppo, tmp_path, monkeypatch, 7, *SMALL)
+    progress = folder / "progress.csv"
+    lines = progress.read_text().splitlines()
+    first, *others = lines[0].split(",")
+    assert "sps" in others and "return_100" in others
+    names = [first, *("speed" if name == "sps" else name for name in others if name != "return_100")]
+    gone = 1 + others.index("return_100")
+    kept = [line.split(",") for line in lines[1:]]
+    kept = [",".join(cells[:gone] + cells[gone + 1 :]) for cells in kept]
+    progress.write_text("\n".join([",".join(names), *kept]) + "\n")
+    ppo.main(["--resume", str(folder)])
+    header, *found = (line.split(",") for line in progress.read_text().splitlines())
+    assert header == names and {len(row) for row in found} == {len(names)}
+    assert found[-1][names.index("speed")] == "nan" and found[0][names.index("speed")] != "nan"
+    assert float(found[-1][names.index("wall_seconds")]) > float(found[0][names.index("wall_seconds")])
+
+
 def test_checkpoints_of_others(tmp_path, monkeypatch, capsys):
     folder = interrupted(ppo, tmp_path / "a", monkeypatch, 7, *SMALL)
     other = interrupted(ppo, tmp_path / "b", monkeypatch, 7, *SMALL[:-5], "Walker2d-v4", *SMALL[-4:])
