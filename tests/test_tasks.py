@@ -320,7 +320,7 @@ def runs_of(folder: str, *env_ids: str):
         (3, "preferences", SMALL_TASKS[1:2], 9),
         (6, "preferences", SMALL_TASKS[2:], 6),
         (7, "linear", [CHEETAH], 2),
-        (8, "linear", SMALL_TASKS, 3),
+        (8, "linear", SMALL_TASKS, 6),
     ],
 )
 def test_the_page_shows_what_these_tasks_have_come_to(number, folder, env_ids, groups):
