@@ -28,7 +28,7 @@ by a second one, the leader's own, and the leader pays for what that one's retur
     E[grad l] + lambda (grad R of the follower's segments - grad R of the rival's)
 
 with R in the units that the follower sees. This term is linear in r_x, too. It is taken as it is, without a
-bound: lambda says how much it counts. Where the follower is not yet the better one, it is paid for that. The
+bound: lambda says how much it counts. While the follower is the worse one, the leader is paid for that. The
 rival descends the same objective, E[l] - lambda R, the first part by REINFORCE. Its pairs serve for many
 updates, while it goes on from the policy that has played them: without PPO's clipped ratio (Schulman et al.,
 arXiv:1707.06347) it would make pairs of a high loss less and less likely, without end.

@@ -155,8 +155,7 @@ class Args(PreferenceFlags):
     hyper_start: Natural = 0
     """environment steps before the second term, or pbrl's penalty, is taken"""
     hyper_coef_max: NonNegative = 0.0
-    """sobirl, hpgd: largest factor of the second term, which is 1/temperature, and with --reward-norm that
-    divided by the deviation (0: any)"""
+    """sobirl, hpgd: largest factor of the second term, 1/(temperature * reward_scale) (0: any)"""
     baseline: bool = True
     """subtract a mean of pairs' losses from each one in the second term (pbrl: in the rival's update;
     hpgd does so in any case)"""
@@ -393,12 +392,13 @@ def rival_gradient(rival: Actor, played, reward: Reward, preferences: Preference
 
 def train_reward(reward: Reward, adam, preferences, epochs: int, second, metrics: Metrics, lap, args: Args):
     """Steps of x along minus (13) and, if given, the `second` term, a function of places in the queue."""
+    metrics.add(reward_scale=reward.std)  # the same in all updates
     batches = list(preferences.minibatches(epochs, args.reward_batch_size))
     for left, places in zip(range(len(batches), 0, -1), batches):
         pairs = pairs_at(places, preferences, args.device)
         losses, margins, gradient = preference_gradient(reward, pairs)
         metrics.add(ce=losses.mean(), ce_grad_norm=norm(gradient))
-        metrics.add(accuracy_train=accuracy(margins.mean(0), pairs.labels - 0.5), reward_scale=reward.std)
+        metrics.add(accuracy_train=accuracy(margins.mean(0), pairs.labels - 0.5))
         if second and (left <= args.hyper_steps or not args.hyper_steps):
             lap("reward")
             term, score = second(places)

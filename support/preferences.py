@@ -313,7 +313,7 @@ class Preferences:
 
     def note_saturation(self) -> None:
         """Says once where rewards have reached the limits of tanh, which is flat there: what the net has got
-        wrong it then hardly unlearns."""
+        wrong it then unlearns slowly."""
         share = self.measured["reward_saturated"]
         if share > 0.95 and not self.noted:
             self.noted = True

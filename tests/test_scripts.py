@@ -404,9 +404,10 @@ def test_which_commands_report_in_a_file(name, expected):
 
 
 def test_speed_side_by_side(tmp_path, refused):
-    other = tmp_path / "other.py"  # reports as CleanRL does, 1,000 steps every 0.2 s
+    other = tmp_path / "other.py"  # reports as CleanRL does, 1,000 steps every 0.25 s, later every 0.3 s
     other.write_text(
-        "import time\nfor i in range(1, 6):\n    time.sleep(0.2)\n"
+        f"import time\nturns = open({str(tmp_path / 'turns')!r}, 'a')\nturns.write('.')\n"
+        "for i in range(1, 6):\n    time.sleep(0.2 + 0.05 * turns.tell())\n"
         "    print(f'global_step={1000 * i}, episodic_return=[1.]')\n    print('SPS:', 1)\n"
     )
     ours = (
@@ -432,7 +433,8 @@ def test_speed_side_by_side(tmp_path, refused):
     ) > 0
     for row in table:
         slowest, median, fastest = (float(row[rate]) for rate in ("slowest", "sps", "fastest"))
-        assert slowest <= fastest and median == pytest.approx((slowest + fastest) / 2, rel=0.01)
+        assert slowest < fastest or row["name"] == ours and slowest == fastest  # by chance, when rounded
+        assert median == pytest.approx((slowest + fastest) / 2, rel=0.01)
     assert (
         len(out) == 4
         and out[2].startswith(f"| `{ours}` |")

@@ -18,6 +18,9 @@ from tools.tables import ahead_cells
 
 PREFERENCE = [*SMALL, "--env-id", "tools.tasks:Preference-v0", "--segment", 2, "--no-autotune"]
 PREFERENCE += ["--no-reward-norm"]
+SMALL_TASKS = ["Pendulum-v1", "tools.tasks-PendulumBins-v0", "Reacher-v5"]
+CHEETAH = "HalfCheetah-v4"
+PAGE = (ROOT / "docs" / "preferences.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -201,9 +204,8 @@ def test_what_tables_reach_is_what_the_page_shows():
 
 def test_phi_that_the_page_shows_is_that_of_the_published_runs():
     """And what it says about them: on how many problems phi is lower, and how far the returns are."""
-    page = (ROOT / "docs" / "preferences.md").read_text(encoding="utf-8")
     runs = results.read_csv(ROOT / "results" / "phi.csv")
-    shown, means = set(re.findall(r"^\| (\d+ \|.+?\|.+?\|.+?) \|", page, re.MULTILINE)), {}
+    shown, means = set(re.findall(r"^\| (\d+ \|.+?\|.+?\|.+?) \|", PAGE, re.MULTILINE)), {}
     methods = ("drlhf", "sobirl", "sobirl-unbounded")
     for number in (2, 19, 21, 40, 81, 87, 95, 105, 106, 126):
         for method in methods:
@@ -221,7 +223,7 @@ def test_phi_that_the_page_shows_is_that_of_the_published_runs():
         each = [phi.share_of_best(tabular.preference(n), means[n, method][1]) for n in numbers]
         shares[method] = f"{np.mean(each):.0%}".replace("%", " %")
     assert shares == {"drlhf": "99 %", "sobirl": "95 %", "sobirl-unbounded": "57 %"}
-    assert all(f"{share}" in page for share in shares.values())
+    assert all(f"{share}" in PAGE for share in shares.values())
 
 
 # Tables and figures of runs that learn a reward
@@ -299,18 +301,17 @@ def test_the_comparison_by_setting():
         assert preferences.by_setting(other, results.grouped(other)) == ""
 
 
-SMALL_TASKS = ["Pendulum-v1", "tools.tasks-PendulumBins-v0", "Reacher-v5"]
-CHEETAH = "HalfCheetah-v4"
-
-
 def section_of(number: int) -> str:
-    page = (ROOT / "docs" / "preferences.md").read_text(encoding="utf-8")
-    return page.split(f"\n## {number}. ")[1].split("\n## ")[0]
+    return PAGE.split(f"\n## {number}. ")[1].split("\n## ")[0]
 
 
 def runs_of(folder: str, *env_ids: str):
     summary, _ = results.load_results(ROOT / "results" / folder)
     return [row for row in summary if row["env_id"] in env_ids]
+
+
+def evaluations(folder: str, env_id: str, method: str = "drlhf"):
+    return results.column_of(runs_of(folder, env_id), (env_id, method), "eval_return")
 
 
 @pytest.mark.parametrize(
@@ -347,17 +348,13 @@ def test_the_page_shows_what_is_known_of_halfcheetah():
     assert {row["labels_used"] for row in summary} == {"", f"{100 + 13 * 97}"} and "1,361 times" in section
 
 
-def evaluations(folder: str, env_id: str, method: str = "drlhf"):
-    return results.column_of(runs_of(folder, env_id), (env_id, method), "eval_return")
-
-
 def test_why_rewards_have_no_limits():
     """The rule of section 8, which was registered, and what is said of it."""
     medians = [np.median(evaluations(folder, CHEETAH)) for folder in ("linear", "preferences")]
     medians.append(np.median(evaluations("preferences", CHEETAH, "sac")))
     free, limited, sac = medians
     assert free >= sac / 2 > limited
-    in_short = (ROOT / "docs" / "preferences.md").read_text(encoding="utf-8").split("*Registered*")[0]
+    in_short = PAGE.split("*Registered*")[0]
     for median in medians:
         assert f"{median:,.0f}" in in_short and f"{median:,.0f}" in section_of(7) + section_of(4)
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
@@ -378,15 +375,13 @@ def test_where_rewards_come_apart():
     """docs/preferences.md, 4: in how many runs, and how well they then predict old pairs."""
     lowest, accuracies = {"preferences": [], "linear": []}, []
     for folder, found in lowest.items():
-        for row in runs_of(folder, CHEETAH):
-            if row["exp_name"] == "sac":
-                continue
-            curve = results.read_csv(results.curve_path(ROOT / "results" / folder, row))
-            curve = [point for point in curve if float(point["global_step"]) > 60_000]
-            found.append(min(float(point["reward_correlation"]) for point in curve))
+        rows = [row for row in runs_of(folder, CHEETAH) if row["exp_name"] != "sac"]
+        for run in sum(results.load_curves(ROOT / "results" / folder, rows).values(), []):
+            later = run["global_step"] > 60_000
+            found.append(run["reward_correlation"][later].min())
             if found[-1] < -0.1:
-                old = [float(point["accuracy_replay"]) for point in curve]
-                accuracies.append((min(old), old[-1]))
+                old = run["accuracy_replay"][later]
+                accuracies.append((old.min(), old[-1]))
     fallen, ended = zip(*accuracies)
     section = " ".join(section_of(4).split())
     assert f"In {len(accuracies)} of the {len(lowest['preferences'])} runs that learn a reward" in section
@@ -401,7 +396,7 @@ def test_the_page_shows_what_other_penalties_have_come_to():
         for env_id, name in results.grouped(summary)
     }
     *others, last = (f"{mean:.0f}" for mean in means.values())
-    page = " ".join((ROOT / "docs" / "preferences.md").read_text(encoding="utf-8").split())
+    page = " ".join(PAGE.split())
     assert list(means) == ["0.001", "0.01", "0.1", "1"] and len(summary) == 12
     assert "0.001, 0.01, 0.1 and 1 were tried with seeds 1 to 3 (`results/penalty`; mean" in page
     assert f"mean evaluations of {', '.join(others)} and {last}), and the default, 0.01, was kept" in page
@@ -411,8 +406,7 @@ def test_the_page_shows_what_other_penalties_have_come_to():
 def test_the_page_shows_what_other_teachers_have_come_to():
     """docs/preferences.md, 5: the table, P, and how much lower SoBiRL ends where labels are wrong."""
     folder = ROOT / "results" / "labels"
-    page = (ROOT / "docs" / "preferences.md").read_text(encoding="utf-8")
-    text = page.split("\n## 5. ")[1].split("\n## ")[0]
+    text = section_of(5)
     table, chance = (folder / "tables.md").read_text(encoding="utf-8").rstrip().split("\n\n")
     assert table in text
     summary, _ = results.load_results(folder)
@@ -446,7 +440,7 @@ def test_how_large_the_second_term_grows_without_a_bound():
             peaks.append(np.nanmax(ratios))
         assert len(peaks) == 5
         found += [f"{min(peaks):,.0f} to {max(peaks):,.0f} times"]
-    page = " ".join((ROOT / "docs" / "preferences.md").read_text(encoding="utf-8").split())
+    page = " ".join(PAGE.split())
     fresh, authors = found
     assert f"to {fresh} the first term in the five runs with fresh pairs" in page
     assert f"and to {authors} with the authors' loss" in page
@@ -466,7 +460,7 @@ def test_the_bars_of_the_pendulum_with_bins():
 def test_the_speed_that_the_page_shows():
     """docs/preferences.md: rates, ratios to CleanRL's script, and what learning a reward costs."""
     rows = results.read_csv(ROOT / "results" / "speed_sac.csv")
-    page = (ROOT / "docs" / "preferences.md").read_text(encoding="utf-8").split("## Speed")[1]
+    page = PAGE.split("## Speed")[1]
     shown = [line.split(" | ", 1)[1] for line in page.splitlines() if line.startswith("| ")][1:]
     cells = [f"{float(row['sps']):.0f} | {float(row['ratio']):.2f} | {row['mib']} |" for row in rows]
     assert shown[: len(rows)] == cells
