@@ -194,7 +194,7 @@ class Preferences:
         self.queries = 0
         self.fresh = np.arange(0)  # where in the queue the pairs of the last query are
         self.noted = False  # that rewards are at their limits
-        self.measured = dict.fromkeys(MEASURES, np.nan) | {"labels_used": 0}
+        self.measured = dict.fromkeys(MEASURES, np.nan) | {"ce_fresh": np.nan, "labels_used": 0}
 
     def query(self, begin: int) -> None:
         """Pairs from the row `begin` on, the first time from all rows: chosen, measured before anything is
@@ -206,7 +206,14 @@ class Preferences:
         self.measure(starts)
         self.queries += 1
         self.fresh = self.ask(starts)
-        self.measured["labels_used"] = self.asked
+        self.measured |= {"ce_fresh": self.loss_of_fresh(), "labels_used": self.asked}
+
+    def loss_of_fresh(self) -> float:
+        """The leader's loss: the cross-entropy of the pairs of the last query, mean over members, which the
+        follower of the reward as it is has played. NaN without any."""
+        margins = margins_of(self.predicted(self.starts[self.fresh]))  # (members, M)
+        losses = np.logaddexp(0, margins) - self.labels[self.fresh] * margins
+        return float(losses.mean()) if losses.size else np.nan
 
     def some_fresh(self, count: int, generator: torch.Generator) -> np.ndarray:
         """Places in the queue of pairs of the last query, at most as many."""

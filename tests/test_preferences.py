@@ -249,6 +249,9 @@ def test_measures(tmp_path):
     found.query(0)
     assert found.measured["reward_correlation"] > 0.5 and found.measured["reward_saturated"] > 0.9
     assert found.measured["labels_used"] == 4
+    margins = torch.as_tensor(margins_of(steep(*found.steps(found.starts[found.fresh])))[0])
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(margins, torch.as_tensor(found.labels))
+    assert len(set(found.labels)) > 1 and found.measured["ce_fresh"] == pytest.approx(float(expected))
     wrong = asked(tmp_path, predict=lambda obs, actions: -obs[None, ..., 0])
     wrong.query(0)
     assert wrong.measured["accuracy_fresh"] == wrong.measured["accuracy_replay"] == 0
@@ -397,7 +400,7 @@ def test_the_order_of_an_iteration(tmp_path, monkeypatch):
     scales = [event[2][1] for event in events if event[0] == "normalised"]
     assert [row["reward_scale"] for row in table[3:]] == pytest.approx([1, *scales[:-1]], rel=1e-6)
     for row, (*_, measured) in zip(table[3:], queries):
-        assert row["accuracy_fresh"] == measured["accuracy_fresh"]
+        assert all(row[name] == measured[name] for name in ("accuracy_fresh", "ce_fresh"))
     assert all(math.isnan(row["accuracy_fresh"]) for row in table[:3])
     assert all(math.isfinite(row[name]) for row in table[3:] for name in ("ce", "ce_grad_norm", "r_std"))
     saved = torch.load(folder / "model.pt", weights_only=True)["reward"]
