@@ -372,20 +372,22 @@ def test_why_rewards_have_no_limits():
 
 def test_where_rewards_come_apart():
     """docs/preferences.md, 4: in how many runs, and how well they then predict old pairs."""
-    lowest, accuracies = {"preferences": [], "linear": []}, []
+    lowest, accuracies, valued = {"preferences": [], "linear": []}, [], []
     for folder, found in lowest.items():
-        rows = [row for row in runs_of(folder, CHEETAH) if row["exp_name"] != "sac"]
+        rows = [row for row in runs_of(folder, CHEETAH) if row["exp_name"] in ("drlhf", "sobirl")]
         for run in sum(results.load_curves(ROOT / "results" / folder, rows).values(), []):
             later = run["global_step"] > 60_000
             found.append(run["reward_correlation"][later].min())
             if found[-1] < -0.1:
                 old = run["accuracy_replay"][later]
                 accuracies.append((old.min(), old[-1]))
+                valued.append(run["r_mean"][later][run["reward_correlation"][later] < -0.1].min())
     fallen, ended = zip(*accuracies)
     section = " ".join(section_of(4).split())
     assert f"In {len(accuracies)} of the {len(lowest['preferences'])} runs that learn a reward" in section
     told = f"between {min(fallen):.2f} and {max(fallen):.2f}, and ends between {min(ended):.2f} and"
     assert f"{told} {max(ended):.2f}." in section and min(lowest["linear"]) > -0.1
+    assert f"the net values at {min(valued):.2f} or more" in section
 
 
 def test_the_page_shows_what_other_penalties_have_come_to():

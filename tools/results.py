@@ -76,6 +76,7 @@ CURVE_COLUMNS = (
     "bayes_ceiling",
     "tie_rate",
     "reward_correlation",
+    "r_mean",
     "ce_grad_norm",
     "hyper_grad_norm",
 )
