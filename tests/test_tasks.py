@@ -281,6 +281,28 @@ def test_the_difference_to_drlhf(learned):
     assert preferences.table(more, finals) == preferences.table(summary, finals)
 
 
+def test_new_pairs_of_all_queries_but_the_first():
+    """The leader's loss and the accuracy: means over queries, of which two have pairs that all tie."""
+    nan = np.nan
+
+    def run(losses, accuracies):
+        return {"ce_fresh": np.array([nan, *losses]), "accuracy_fresh": np.array([nan, *accuracies])}
+
+    ours = [run([9, 0.5, 0.7], [0, 0.8, nan]), run([9, 0.3, 0.5], [0, 0.6, 0.8])]
+    theirs = [run([9, 0.9, 0.9], [0, 0.9, 0.9]), run([9, 0.7, 0.9, nan], [0, nan, 0.8, nan])]
+    curves = {("E", "drlhf"): theirs, ("E", "sobirl"): ours}
+    lines = preferences.new_pairs(curves).splitlines()[2:]
+    losses = scipy.stats.ttest_ind([0.6, 0.4], [0.9, 0.8], equal_var=False).confidence_interval()
+    right = scipy.stats.ttest_ind([0.8, 0.7], [0.9, 0.8], equal_var=False).confidence_interval()
+    assert lines[0] == "| E | DRLHF | 0.850 ± 0.635 |  | 0.850 ± 0.635 |  |"
+    told = f"| 0.500 ± 1.271 | {losses[0]:.3f} to {losses[1]:.3f} | 0.750 ± 0.635 | {right[0]:.3f} to"
+    assert lines[1] == f"| E | SoBiRL, bounded {told} {right[1]:.3f} |"
+    older = [{"accuracy_fresh": np.ones(3)}]
+    assert preferences.new_pairs(curves | {("E", "sac"): older}) == preferences.new_pairs(curves)
+    for other in ({}, {("E", "drlhf"): theirs}, curves | {("E", "drlhf"): older}):
+        assert preferences.new_pairs(other) == ""
+
+
 def test_the_comparison_by_setting():
     """P of (1, 3) against (0, 3) is (1 + 0 + 1 + 0.5) / 4, that of (3, 4) against (1, 2) is 1."""
 

@@ -66,6 +66,7 @@ def deep_runs(results_dir: Path, figures_dir: Path) -> str:
     if {row["exp_name"] for row in summary} <= set(results.LEADERS):
         figures.save(preferences.draw(curves), figures_dir, "preferences")
         parts = [preferences.table(summary, finals), preferences.against_drlhf(summary, finals)]
+        parts.append(preferences.new_pairs(curves))
         return "\n\n".join(part for part in parts if part)
     measured = learning.measures(summary, curves)
     compared = learning.comparisons(measured, curves)

@@ -119,6 +119,33 @@ def against_drlhf(summary, finals) -> str:
     return markdown(head, rows) if rows else ""
 
 
+def over_queries(runs, column: str):
+    """The mean of a measure over all queries of each run but the first, as far as it is known; (runs,)."""
+    queries = [run[column][np.isfinite(run["ce_fresh"])][1:] for run in runs]
+    known = [values[np.isfinite(values)] for values in queries]
+    return np.array([values.mean() if len(values) else np.nan for values in known])
+
+
+def new_pairs(curves) -> str:
+    """Markdown: the leader's loss and the accuracy on new pairs, and Welch's 95 % intervals of the difference
+    to DRLHF; empty where no environment has runs of DRLHF and of another method that log this loss."""
+    known = {
+        group: [over_queries(runs, column) for column in ("ce_fresh", "accuracy_fresh")]
+        for group, runs in curves.items()
+        if all(np.isfinite(run.get("ce_fresh", [])).sum() > 1 for run in runs)
+    }
+    rows = []
+    for (env_id, method), measured in known.items():
+        base = known.get((env_id, "drlhf"), ([], []))
+        cells = []
+        for values, others in zip(measured, base):
+            cells += [mean_cell(values, 3), "" if method == "drlhf" else ahead_cells(values, others, 3)[0]]
+        rows.append([task(env_id), label(method), *cells])
+    head = ["environment", "method", "leader's loss, new pairs", "minus DRLHF's"]
+    head += ["accuracy, new pairs", "minus DRLHF's"]
+    return markdown(head, rows) if any(row[3] for row in rows) else ""
+
+
 def by_setting(summary, finals) -> str:
     """Markdown: SoBiRL against DRLHF in every setting, of runs named sobirl-{setting} and drlhf-{setting}:
     evaluations (mean, lowest and highest run), and P(SoBiRL > DRLHF) by these, with its mean over settings;
