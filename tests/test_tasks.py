@@ -345,6 +345,7 @@ def evaluations(folder: str, env_id: str, method: str = "drlhf"):
         (6, "preferences", SMALL_TASKS[2:], 6),
         (7, "linear", [CHEETAH], 2),
         (8, "linear", SMALL_TASKS, 6),
+        (9, "bounds", SMALL_TASKS[:2], 10),
     ],
 )
 def test_the_page_shows_what_these_tasks_have_come_to(number, folder, env_ids, groups):
@@ -410,6 +411,40 @@ def test_where_rewards_come_apart():
     told = f"between {min(fallen):.2f} and {max(fallen):.2f}, and ends between {min(ended):.2f} and"
     assert f"{told} {max(ended):.2f}." in section and min(lowest["linear"]) > -0.1
     assert f"the net values at {min(valued):.2f} or more" in section
+
+
+def test_what_other_bounds_have_come_to():
+    """docs/preferences.md, 9: the verdicts by the registered rule, the pairs of runs, and the rewards."""
+    _, curves = results.load_results(ROOT / "results" / "bounds")
+    section = section_of(9)
+    assert preferences.new_pairs(curves) in section
+    text = " ".join(section.split())
+    arms = ("sobirl", "sobirl-bound-1", "sobirl-bound-3", "sobirl-unbounded")
+    signs, higher, deviations = {}, {}, []
+
+    def sign(ours, theirs):
+        """Of Welch's interval, 0 if it holds 0."""
+        interval = scipy.stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval()
+        return int(interval.low > 0) - int(interval.high < 0)
+
+    for env_id in SMALL_TASKS[:2]:
+        loss = {arm: preferences.over_queries(curves[env_id, arm], "ce_fresh") for arm in ("drlhf", *arms)}
+        right = {arm: preferences.over_queries(curves[env_id, arm], "accuracy_fresh") for arm in loss}
+        ends = {arm: evaluations("bounds", env_id, arm) for arm in loss}
+        for arm in arms:
+            compared = {"evaluation": ends, "loss": loss, "accuracy": right}
+            for name, values in compared.items():
+                signs.setdefault((name, arm), []).append(sign(values[arm], values["drlhf"]))
+            higher.setdefault(arm, []).append(np.mean(loss[arm][:, None] > loss["drlhf"]))
+        deviations.append([np.mean([run["r_std"][-1] for run in curves[env_id, arm]]) for arm in loss])
+    both = {key: both[0] for key, both in signs.items() if both[0] == both[1] != 0}
+    lower = {("accuracy", arm): -1 for arm in arms[2:]}
+    assert both == {("loss", "sobirl-bound-1"): 1} | lower and signs["evaluation", arms[3]] == [0, -1]
+    assert higher[arms[2]] == higher[arms[3]] == [1, 1]
+    assert "is higher in {:.0f} % and {:.0f} % of".format(*(100 * np.array(higher["sobirl"]))) in text
+    pairs = ["{:.1f} and {:.1f}".format(*pair) for pair in zip(*deviations)]
+    told = "ends at {} with DRLHF, at {} with a bound of 1, at {} with 3, and at {} without one."
+    assert told.format(pairs[0], *pairs[2:]) in text
 
 
 def test_the_page_shows_what_other_penalties_have_come_to():
@@ -507,13 +542,18 @@ def test_the_figure_of_learned_rewards(learned, tmp_path):
     (legend,) = figure.legends
     names = [text.get_text() for text in legend.get_texts()]
     assert names[1:3] == ["DRLHF (n = 2)", "SoBiRL, bounded (n = 2)"] and "random reward (n = 1)" in names
-    (ratio,) = axes[0, 3].lines
+    (ratio,) = axes[0, 4].lines
     runs = curves["tests.probe_envs-ProbePole-v0", "sobirl"]
     last = [run["hyper_grad_norm"][-1] / run["ce_grad_norm"][-1] for run in runs]
-    assert ratio.get_ydata()[-1] == pytest.approx(np.mean(last)) and axes[0, 3].get_yscale() == "log"
-    (_, _, temperature) = axes[0, 4].lines
+    assert ratio.get_ydata()[-1] == pytest.approx(np.mean(last)) and axes[0, 4].get_yscale() == "log"
+    (_, _, temperature) = axes[0, 5].lines
     assert temperature.get_ydata()[-1] == pytest.approx(np.mean([1 / run["alpha"][-1] for run in runs]))
-    assert len(axes[0, 1].lines) == 2 and len(axes[0, 0].lines) == 3 * 3
+    assert len(axes[0, 1].lines) == len(axes[0, 3].lines) == 2 and len(axes[0, 0].lines) == 3 * 3
+    before = [{name: run[name] for name in run if name != "ce_fresh"} for run in runs]
+    older = preferences.draw({("E", "sobirl"): before})
+    assert [axis.get_ylabel() for axis in older.axes] == [
+        title for column, title, _ in preferences.PANELS if column != "ce_fresh"
+    ]
 
 
 def test_plot_draws_learned_rewards_alone(learned, tmp_path, capsys):

@@ -10,12 +10,13 @@ from tools.figures import add_legend, measured, on_common_grid
 from tools.results import colours, column_of, label, style
 from tools.tables import ahead_cells, beats, chance_of_improvement, decimals_for, markdown, mean_cell, number
 
-# What every row of the figure shows of a task, from left to right: column, title, and whether it is a
+# What the rows of the figure show of every task, where a run has it: column, title, and whether it is a
 # logarithm that tells it
 PANELS = (
     ("return_100", "return, last 100 episodes", False),
     ("accuracy_replay", "accuracy on old pairs", False),
     ("accuracy_fresh", "accuracy on new pairs", False),
+    ("ce_fresh", "leader's loss, new pairs", True),
     ("ratio", "second term / first", True),
     ("inverse_alpha", "1 / temperature", True),
 )
@@ -40,17 +41,19 @@ def with_ratios(run: dict) -> dict:
 
 
 def draw(curves) -> Figure:
-    """A column per environment, a row per PANELS: means over seeds of every method, on logarithmic axes
+    """A column per environment, a row per panel: means over seeds of every method, on logarithmic axes
     medians, and of returns a thin line for every run."""
+    curves = {group: [with_ratios(run) for run in runs] for group, runs in curves.items()}
+    logged = set().union(*(run for runs in curves.values() for run in runs))
+    panels = [panel for panel in PANELS if panel[0] in logged]
     environments = list(dict.fromkeys(env_id for env_id, _ in curves))
-    figure = Figure(figsize=(max(5.5, 3.6 * len(environments)), 2.2 * len(PANELS) + 0.4))
-    axes = figure.subplots(len(PANELS), len(environments), squeeze=False, sharex="col")
+    figure = Figure(figsize=(max(5.5, 3.6 * len(environments)), 2.2 * len(panels) + 0.4))
+    axes = figure.subplots(len(panels), len(environments), squeeze=False, sharex="col")
     handles, counts = {}, {}
     colour_of = colours(dict.fromkeys(method for _, method in curves))
     for (env_id, method), runs in curves.items():
-        runs = [with_ratios(run) for run in runs]
         colour, line_style = colour_of[method], style(method)[1]
-        for axis, (column, _, logarithmic) in zip(axes[:, environments.index(env_id)], PANELS):
+        for axis, (column, _, logarithmic) in zip(axes[:, environments.index(env_id)], panels):
             lines = measured(runs, "global_step", column)
             if not lines:
                 continue
@@ -63,7 +66,7 @@ def draw(curves) -> Figure:
             (line,) = axis.plot(grid / 1000, middle, **look)
             handles.setdefault(method, line)
             counts.setdefault(method, set()).add(len(lines))
-    for row, (_, title, logarithmic) in zip(axes, PANELS):
+    for row, (_, title, logarithmic) in zip(axes, panels):
         row[0].set_ylabel(title)
         for axis in row:
             axis.margins(x=0)

@@ -77,6 +77,7 @@ CURVE_COLUMNS = (
     "tie_rate",
     "reward_correlation",
     "r_mean",
+    "r_std",
     "ce_grad_norm",
     "hyper_grad_norm",
 )
