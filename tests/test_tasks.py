@@ -303,6 +303,19 @@ def test_new_pairs_of_all_queries_but_the_first():
         assert preferences.new_pairs(other) == ""
 
 
+def test_the_loss_by_setting():
+    """Means of two runs and more, and the interval of the ratio: that of the difference of logarithms."""
+    run = lambda *losses: {"ce_fresh": np.array([np.nan, 5, *losses])}
+    curves = {("E", "drlhf-a-1"): [run(1, 3), run(1)], ("E", "sobirl-a-1"): [run(4), run(8), run(8)]}
+    (line,) = preferences.loss_by_setting(curves).splitlines()[2:]
+    interval = scipy.stats.ttest_ind(np.log([4, 8, 8]), np.log([2, 1]), equal_var=False).confidence_interval()
+    low, high = np.exp(interval)
+    shown = f"4.49 ({low:.2f} to {high:.2f})"  # 256^(1/3) / 2^(1/2)
+    assert line == f"| E | a-1 | 1.500 (1.000 to 2.000) | 6.667 (4.000 to 8.000) | {shown} |"
+    assert preferences.loss_by_setting(curves | {("E", "drlhf-a-1"): [run(1)]}) == ""
+    assert preferences.loss_by_setting(curves | {("E", "drlhf-a-1"): [run(1), run()]}) == ""
+
+
 def test_the_comparison_by_setting():
     """P of (1, 3) against (0, 3) is (1 + 0 + 1 + 0.5) / 4, that of (3, 4) against (1, 2) is 1."""
 

@@ -62,7 +62,7 @@ def deep_runs(results_dir: Path, figures_dir: Path) -> str:
         fail(f"no results in {results_dir / 'summary.csv'}: add finished runs by --runs-dir")
     finals = results.grouped(summary)
     if text := preferences.by_setting(summary, finals):
-        return text
+        return "\n\n".join(part for part in (text, preferences.loss_by_setting(curves)) if part)
     if {row["exp_name"] for row in summary} <= set(results.LEADERS):
         figures.save(preferences.draw(curves), figures_dir, "preferences")
         parts = [preferences.table(summary, finals), preferences.against_drlhf(summary, finals)]

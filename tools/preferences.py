@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 
 from tools.figures import add_legend, measured, on_common_grid
 from tools.results import colours, column_of, label, style
-from tools.tables import ahead_cells, beats, chance_of_improvement, decimals_for, markdown, mean_cell, number
+from tools.tables import Estimate, ahead_cells, beats, chance_of_improvement, decimals_for, markdown
+from tools.tables import mean_cell, number, welch
 
 # What the rows of the figure show of every task, where a run has it: column, title, and whether it is a
 # logarithm that tells it
@@ -122,6 +123,11 @@ def against_drlhf(summary, finals) -> str:
     return markdown(head, rows) if rows else ""
 
 
+def logs_loss(runs) -> bool:
+    """Whether the leader's loss on new pairs is known, of all runs and of more than their first query."""
+    return all(np.isfinite(run.get("ce_fresh", [])).sum() > 1 for run in runs)
+
+
 def over_queries(runs, column: str):
     """The mean of a measure over all queries of each run but the first, as far as it is known; (runs,)."""
     queries = [run[column][np.isfinite(run["ce_fresh"])][1:] for run in runs]
@@ -135,7 +141,7 @@ def new_pairs(curves) -> str:
     known = {
         group: [over_queries(runs, column) for column in ("ce_fresh", "accuracy_fresh")]
         for group, runs in curves.items()
-        if all(np.isfinite(run.get("ce_fresh", [])).sum() > 1 for run in runs)
+        if logs_loss(runs)
     }
     rows = []
     for (env_id, method), measured in known.items():
@@ -149,11 +155,33 @@ def new_pairs(curves) -> str:
     return markdown(head, rows) if any(row[3] for row in rows) else ""
 
 
+def loss_by_setting(curves) -> str:
+    """Markdown: the leader's loss on new pairs in every setting, of runs that by_setting compares, mean,
+    lowest and highest run; and SoBiRL's divided by DRLHF's, with Welch's 95 % interval, means and interval of
+    the logarithm; empty where a run does not log it, or there are fewer than two of a kind."""
+    if not all(logs_loss(runs) and len(runs) > 1 for runs in curves.values()):
+        return ""
+    rows = []
+    for env_id, setting in settings_of(curves):
+        groups = [curves[env_id, f"{method}-{setting}"] for method in BOTH]
+        drlhf, sobirl = losses = [over_queries(runs, "ce_fresh") for runs in groups]
+        cells = [f"{loss.mean():.3f} ({loss.min():.3f} to {loss.max():.3f})" for loss in losses]
+        difference = np.log(sobirl).mean() - np.log(drlhf).mean(), *welch(np.log(sobirl), np.log(drlhf))
+        rows.append([task(env_id), setting, *cells, Estimate(*np.exp(difference))])
+    head = ["environment", "setting", "DRLHF, leader's loss on new pairs", "SoBiRL, the same", "ratio"]
+    return markdown(head, rows)
+
+
+def settings_of(groups):
+    """The settings of runs named {method}-{setting}, by (env_id, setting), in order."""
+    return dict.fromkeys((env_id, name.partition("-")[2]) for env_id, name in groups)
+
+
 def by_setting(summary, finals) -> str:
     """Markdown: SoBiRL against DRLHF in every setting, of runs named sobirl-{setting} and drlhf-{setting}:
     evaluations (mean, lowest and highest run), and P(SoBiRL > DRLHF) by these, with its mean over settings;
     empty where a run has another name, or a setting only one of the two."""
-    places = dict.fromkeys((env_id, name.partition("-")[2]) for env_id, name in finals)
+    places = settings_of(finals)
     wanted = {(env_id, f"{method}-{setting}") for env_id, setting in places for method in BOTH}
     if not finals or wanted != finals.keys():
         return ""

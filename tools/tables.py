@@ -153,6 +153,13 @@ def mean_cell(returns, decimals: int) -> str:
     return f"{number(returns.mean(), decimals)} ± {number(half_width(returns), decimals)}"
 
 
+def welch(ours, theirs) -> tuple[float, float]:
+    """Welch's 95 % interval of the difference of two means."""
+    with warnings.catch_warnings():  # one of them may have no spread
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return tuple(scipy.stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval())
+
+
 def ahead_cells(blpo, other, decimals: int) -> tuple[str, str]:
     """Welch's interval of the difference of the means, and P(BLPO > other).
 
@@ -160,13 +167,8 @@ def ahead_cells(blpo, other, decimals: int) -> tuple[str, str]:
     """
     if min(len(other), len(blpo)) < 2 or np.ptp([*other, *blpo]) == 0:
         return "", ""
-    with warnings.catch_warnings():  # one of them may have no spread
-        warnings.simplefilter("ignore", RuntimeWarning)
-        interval = scipy.stats.ttest_ind(blpo, other, equal_var=False).confidence_interval()
-    return (
-        f"{number(interval.low, decimals)} to {number(interval.high, decimals)}",
-        f"{beats(blpo, other):.2f}",
-    )
+    low, high = welch(blpo, other)
+    return f"{number(low, decimals)} to {number(high, decimals)}", f"{beats(blpo, other):.2f}"
 
 
 def overview(summary) -> str:
