@@ -249,9 +249,15 @@ def test_measures(tmp_path):
     found.query(0)
     assert found.measured["reward_correlation"] > 0.5 and found.measured["reward_saturated"] > 0.9
     assert found.measured["labels_used"] == 4
-    margins = torch.as_tensor(margins_of(steep(*found.steps(found.starts[found.fresh])))[0])
-    expected = torch.nn.functional.binary_cross_entropy_with_logits(margins, torch.as_tensor(found.labels))
-    assert len(set(found.labels)) > 1 and found.measured["ce_fresh"] == pytest.approx(float(expected))
+    small = lambda obs, actions: np.stack([0.01 * obs[..., 0], -0.02 * obs[..., 0]])
+    found = asked(tmp_path, predict=small)
+    found.query(0)
+    found.query(100)
+    margins = torch.as_tensor(margins_of(small(*found.steps(found.starts[4:]))))  # (members, M)
+    labels = torch.as_tensor(found.labels)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(margins, labels[4:].expand(2, 4))
+    assert not torch.equal(labels[:4], labels[4:]) and len(set(found.labels[4:])) > 1
+    assert found.measured["ce_fresh"] == pytest.approx(float(expected))
     wrong = asked(tmp_path, predict=lambda obs, actions: -obs[None, ..., 0])
     wrong.query(0)
     assert wrong.measured["accuracy_fresh"] == wrong.measured["accuracy_replay"] == 0
