@@ -350,24 +350,25 @@ def evaluations(folder: str, env_id: str, method: str = "drlhf"):
 
 
 @pytest.mark.parametrize(
-    "number, folder, env_ids, groups",
+    "number, folder, env_ids, count",
     [
-        (2, "preferences", SMALL_TASKS[:1], 9),
-        (3, "preferences", SMALL_TASKS[1:2], 9),
-        (4, "preferences", [CHEETAH], 3),
-        (6, "preferences", SMALL_TASKS[2:], 6),
-        (7, "linear", [CHEETAH], 2),
-        (8, "linear", SMALL_TASKS, 6),
-        (9, "bounds", SMALL_TASKS[:2], 10),
+        (2, "preferences", SMALL_TASKS[:1], 45),
+        (3, "preferences", SMALL_TASKS[1:2], 45),
+        (4, "preferences", [CHEETAH], 15),
+        (6, "preferences", SMALL_TASKS[2:], 30),
+        (7, "linear", [CHEETAH], 16),
+        (8, "linear", SMALL_TASKS, 30),
+        (9, "bounds", SMALL_TASKS[:2], 50),
     ],
 )
-def test_the_page_shows_what_these_tasks_have_come_to(number, folder, env_ids, groups):
-    """Tables, and the runs that were registered."""
+def test_the_page_shows_what_these_tasks_have_come_to(number, folder, env_ids, count):
+    """Tables, and the runs that were registered, of section 7 those that are in."""
     section, summary = section_of(number), runs_of(folder, *env_ids)
     finals = results.grouped(summary)
     for table in (preferences.table(summary, finals), preferences.against_drlhf(summary, finals)):
         assert table in section
-    assert {len(values) for values in finals.values()} == {5} and len(finals) == groups
+    assert sum(map(len, finals.values())) == len(summary) == count
+    assert number == 7 or {len(values) for values in finals.values()} == {5}
     for row in summary:
         curve = results.read_csv(results.curve_path(ROOT / "results" / folder, row))
         assert float(curve[-1]["return_100"]) == pytest.approx(float(row["return_100"]), rel=1e-3)
@@ -458,6 +459,28 @@ def test_what_other_bounds_have_come_to():
     pairs = ["{:.1f} and {:.1f}".format(*pair) for pair in zip(*deviations)]
     told = "ends at {} with DRLHF, at {} with a bound of 1, at {} with 3, and at {} without one."
     assert told.format(pairs[0], *pairs[2:]) in text
+
+
+@pytest.mark.parametrize(
+    "number, folder, settings, less",
+    [(10, "why", "standard small-steps gamma-0 patient warm gamma-0.9", "small-steps")],
+)
+def test_why_the_leaders_loss_rises(number, folder, settings, less):
+    """docs/preferences.md: tables, ratios, the verdicts by the registered rule, and in which settings the
+    ratio's interval is below that of the first one."""
+    summary, curves = results.load_results(ROOT / "results" / folder)
+    finals = results.grouped(summary)
+    assert len(finals) == 2 * len(settings.split()) and {len(values) for values in finals.values()} == {5}
+    section, table = section_of(number), preferences.loss_by_setting(curves)
+    evaluated, chance = preferences.by_setting(summary, finals).split("\n\n")
+    assert table in section and evaluated in section
+    told = " ".join(section.split(table)[1].split())
+    assert f"P(SoBiRL > DRLHF) is {chance.rsplit(': ')[1]}, mean over the settings" in told
+    cells = [line.split(" | ") for line in table.splitlines()[2:]]
+    ratios = {name: [float(x) for x in re.findall(r"[\d.]+", ratio)] for _, name, *_, ratio in cells}
+    assert all(f"{ratios[name][0]:.2f}" in told for name in settings.split()[:5])
+    assert all(low > 1 for _, low, _ in ratios.values()) and "is raised in all six settings" in told
+    assert [name for name, (*_, high) in ratios.items() if high < ratios["standard"][1]] == less.split()
 
 
 def test_the_page_shows_what_other_penalties_have_come_to():
