@@ -14,7 +14,7 @@ from support.environments import env_state, make_env
 from tests.test_discrete import SMALL, flags
 from tests.test_scripts import ROOT, train
 from tools import phi, plot, preferences, results
-from tools.tables import ahead_cells
+from tools.tables import ahead_cells, welch
 
 PREFERENCE = [*SMALL, "--env-id", "tools.tasks:Preference-v0", "--segment", 2, "--no-autotune"]
 PREFERENCE += ["--no-reward-norm"]
@@ -438,8 +438,8 @@ def test_what_other_bounds_have_come_to():
 
     def sign(ours, theirs):
         """Of Welch's interval, 0 if it holds 0."""
-        interval = scipy.stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval()
-        return int(interval.low > 0) - int(interval.high < 0)
+        low, high = welch(ours, theirs)
+        return int(low > 0) - int(high < 0)
 
     for env_id in SMALL_TASKS[:2]:
         loss = {arm: preferences.over_queries(curves[env_id, arm], "ce_fresh") for arm in ("drlhf", *arms)}

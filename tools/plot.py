@@ -53,6 +53,11 @@ def parse_apart(text: str) -> tuple[str, str] | None:
     return found[1], found[2]
 
 
+def joined(*parts: str) -> str:
+    """One text, of those tables that are not empty."""
+    return "\n\n".join(filter(None, parts))
+
+
 def deep_runs(results_dir: Path, figures_dir: Path) -> str:
     """Draws the figures of summary.csv and returns the tables."""
     summary, curves = results.load_results(results_dir)
@@ -62,12 +67,11 @@ def deep_runs(results_dir: Path, figures_dir: Path) -> str:
         fail(f"no results in {results_dir / 'summary.csv'}: add finished runs by --runs-dir")
     finals = results.grouped(summary)
     if text := preferences.by_setting(summary, finals):
-        return "\n\n".join(part for part in (text, preferences.loss_by_setting(curves)) if part)
+        return joined(text, preferences.loss_by_setting(curves))
     if {row["exp_name"] for row in summary} <= set(results.LEADERS):
         figures.save(preferences.draw(curves), figures_dir, "preferences")
-        parts = [preferences.table(summary, finals), preferences.against_drlhf(summary, finals)]
-        parts.append(preferences.new_pairs(curves))
-        return "\n\n".join(part for part in parts if part)
+        differences = preferences.against_drlhf(summary, finals), preferences.new_pairs(curves)
+        return joined(preferences.table(summary, finals), *differences)
     measured = learning.measures(summary, curves)
     compared = learning.comparisons(measured, curves)
 
@@ -77,8 +81,7 @@ def deep_runs(results_dir: Path, figures_dir: Path) -> str:
     for name, figure in drawn.items():
         figures.save(figure, figures_dir, name)
     parts = [tables.all_tables(summary), tables.policies(curves)]
-    parts += [learning.table(compared), learning.without_area(measured, curves)]
-    return "\n\n".join(part for part in parts if part)
+    return joined(*parts, learning.table(compared), learning.without_area(measured, curves))
 
 
 def tabular_runs(results_dir: Path, figures_dir: Path, apart: tuple[str, str] | None) -> str:

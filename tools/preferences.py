@@ -164,9 +164,10 @@ def loss_by_setting(curves) -> str:
     rows = []
     for env_id, setting in settings_of(curves):
         groups = [curves[env_id, f"{method}-{setting}"] for method in BOTH]
-        drlhf, sobirl = losses = [over_queries(runs, "ce_fresh") for runs in groups]
+        losses = [over_queries(runs, "ce_fresh") for runs in groups]
         cells = [f"{loss.mean():.3f} ({loss.min():.3f} to {loss.max():.3f})" for loss in losses]
-        difference = np.log(sobirl).mean() - np.log(drlhf).mean(), *welch(np.log(sobirl), np.log(drlhf))
+        drlhf, sobirl = np.log(losses[0]), np.log(losses[1])
+        difference = sobirl.mean() - drlhf.mean(), *welch(sobirl, drlhf)
         rows.append([task(env_id), setting, *cells, Estimate(*np.exp(difference))])
     head = ["environment", "setting", "DRLHF, leader's loss on new pairs", "SoBiRL, the same", "ratio"]
     return markdown(head, rows)
