@@ -356,7 +356,7 @@ def evaluations(folder: str, env_id: str, method: str = "drlhf"):
         (3, "preferences", SMALL_TASKS[1:2], 45),
         (4, "preferences", [CHEETAH], 15),
         (6, "preferences", SMALL_TASKS[2:], 30),
-        (7, "linear", [CHEETAH], 16),
+        (7, "linear", [CHEETAH], 18),
         (8, "linear", SMALL_TASKS, 30),
         (9, "bounds", SMALL_TASKS[:2], 50),
     ],
