@@ -345,6 +345,12 @@ def runs_of(folder: str, *env_ids: str):
     return [row for row in summary if row["env_id"] in env_ids]
 
 
+def listed(values, form: str = "{:,.0f}") -> str:
+    """In words: the first one, the second one and the last one."""
+    *others, last = (form.format(value) for value in values)
+    return f"{', '.join(others)} and {last}"
+
+
 def evaluations(folder: str, env_id: str, method: str = "drlhf"):
     return results.column_of(runs_of(folder, env_id), (env_id, method), "eval_return")
 
@@ -378,18 +384,16 @@ def test_how_runs_with_a_tanh_end():
     """docs/preferences.md, 4: each of them, and the labels."""
     section, summary = " ".join(section_of(4).split()), runs_of("preferences", CHEETAH)
     for name, told in {"drlhf": "By seed, DRLHF at {}", "sobirl": "SoBiRL at {}"}.items():
-        *others, last = (f"{value:,.0f}" for value in evaluations("preferences", CHEETAH, name))
-        assert told.format(f"{', '.join(others)} and {last}") in section
+        assert told.format(listed(evaluations("preferences", CHEETAH, name))) in section
     assert {row["labels_used"] for row in summary} == {"", f"{100 + 13 * 97}"} and "1,361 times" in section
 
 
 def test_how_runs_of_hpgd_and_pbrl_end():
     """docs/preferences.md, 7: each run of PBRL, and how long HPGD's second term is."""
     section = " ".join(section_of(7).split())
-    *others, last = (f"{value:,.0f}" for value in evaluations("linear", CHEETAH, "pbrl"))
-    assert f"by seed at {', '.join(others)} and {last}." in section
+    assert f"by seed at {listed(evaluations('linear', CHEETAH, 'pbrl'))}." in section
     runs = results.load_curves(ROOT / "results" / "linear", runs_of("linear", CHEETAH))[CHEETAH, "hpgd"]
-    ratios = [np.nanmedian(run["hyper_grad_norm"] / run["ce_grad_norm"]) for run in runs]
+    ratios = [np.nanmedian(preferences.with_ratios(run)["ratio"]) for run in runs]
     assert f"{min(ratios):,.0f} to {max(ratios):,.0f} times as long as the first one" in section
 
 
@@ -504,11 +508,10 @@ def test_the_page_shows_what_other_penalties_have_come_to():
         name.removeprefix("pbrl-"): results.column_of(summary, (env_id, name), "eval_return").mean()
         for env_id, name in results.grouped(summary)
     }
-    *others, last = (f"{mean:.0f}" for mean in means.values())
     page = " ".join(PAGE.split())
     assert list(means) == ["0.001", "0.01", "0.1", "1"] and len(summary) == 12
     assert "0.001, 0.01, 0.1 and 1 were tried with seeds 1 to 3 (`results/penalty`; mean" in page
-    assert f"mean evaluations of {', '.join(others)} and {last}), and the default, 0.01, was kept" in page
+    assert f"mean evaluations of {listed(means.values(), '{:.0f}')}), and the default, 0.01, was kept" in page
     assert flags().penalty == 0.01
 
 

@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     if has_tabular:
         parts.append(tabular_runs(results_dir, figures_dir, apart))
     if parts:
-        text = "\n\n".join(parts)
+        text = joined(*parts)
         write_whole(results_dir / "tables.md", text + "\n")
         print(text)  # last, since a pipe may have been closed: plot.py | head
 

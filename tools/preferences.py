@@ -166,7 +166,7 @@ def loss_by_setting(curves) -> str:
         groups = [curves[env_id, f"{method}-{setting}"] for method in BOTH]
         losses = [over_queries(runs, "ce_fresh") for runs in groups]
         cells = [f"{loss.mean():.3f} ({loss.min():.3f} to {loss.max():.3f})" for loss in losses]
-        drlhf, sobirl = np.log(losses[0]), np.log(losses[1])
+        drlhf, sobirl = (np.log(loss) for loss in losses)
         difference = sobirl.mean() - drlhf.mean(), *welch(sobirl, drlhf)
         rows.append([task(env_id), setting, *cells, Estimate(*np.exp(difference))])
     head = ["environment", "setting", "DRLHF, leader's loss on new pairs", "SoBiRL, the same", "ratio"]
