@@ -389,12 +389,20 @@ def test_how_runs_with_a_tanh_end():
 
 
 def test_how_runs_of_hpgd_and_pbrl_end():
-    """docs/preferences.md, 7: each run of PBRL, and how long HPGD's second term is."""
+    """docs/preferences.md, 7: each run of PBRL, how long HPGD's second term is, and whose reward comes apart,
+    by the limit of section 4."""
     section = " ".join(section_of(7).split())
     assert f"by seed at {listed(evaluations('linear', CHEETAH, 'pbrl'))}." in section
-    runs = results.load_curves(ROOT / "results" / "linear", runs_of("linear", CHEETAH))[CHEETAH, "hpgd"]
-    ratios = [np.nanmedian(preferences.with_ratios(run)["ratio"]) for run in runs]
+    curves = results.load_curves(ROOT / "results" / "linear", runs_of("linear", CHEETAH))
+    ratios = [np.nanmedian(preferences.with_ratios(run)["ratio"]) for run in curves[CHEETAH, "hpgd"]]
     assert f"{min(ratios):,.0f} to {max(ratios):,.0f} times as long as the first one" in section
+    apart = {
+        name: [run["reward_correlation"][run["global_step"] > 60_000].min() < -0.1 for run in runs]
+        for (_, name), runs in curves.items()
+    }
+    assert not any(apart["hpgd"]) and apart["pbrl"] == [False, True, False, False, False]
+    assert "In none of them the reward comes apart." in section
+    assert "In the second of them the reward comes apart in the sense of section 4." in section
 
 
 def test_why_rewards_have_no_limits():
