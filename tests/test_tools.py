@@ -546,6 +546,9 @@ def test_the_registered_tests_from_the_command_line(tmp_path, capsys, refused):
         ("summary.csv", lambda text: "env_id,seed\nE,1\n"),
         ("Pendulum-v1__blpo__1.csv", lambda text: text.splitlines()[0]),
         ("Pendulum-v1__blpo__1.csv", lambda text: text.replace("global_step", "step") + "1,2\n"),
+        ("Pendulum-v1__blpo__1.csv", lambda text: text.replace("return_100", "returns")),
+        ("Pendulum-v1__blpo__1.csv", lambda text: text.replace("entropy", "ce_fresh")),
+        ("Pendulum-v1__blpo__1.csv", lambda text: text.replace("entropy", "hyper_grad_norm")),
         ("Pendulum-v1__blpo__1.csv", None),
     ],
 )

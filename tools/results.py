@@ -83,6 +83,10 @@ CURVE_COLUMNS = (
 )
 POINTS = 200
 
+# What a per-seed file must have, and what it must have with another column.
+NEEDED_COLUMNS = {"global_step", "return_100"}
+NEEDED_WITH = {"ce_fresh": "accuracy_fresh", "hyper_grad_norm": "ce_grad_norm"}
+
 # Flags that do not change what a run measures, or that have a column of their own.
 PRIVATE_FLAGS = (
     "runs_dir",
@@ -337,6 +341,9 @@ def load_curves(results_dir: Path, summary: list[dict]) -> dict[tuple[str, str],
     for row in sorted(summary, key=run_order):
         points = read_csv(curve_path(results_dir, row))
         columns = {column: np.array([float(point[column]) for point in points]) for column in points[0]}
+        needed = NEEDED_COLUMNS | {other for column, other in NEEDED_WITH.items() if column in columns}
+        if missing := needed - columns.keys():
+            raise ValueError(f"{curve_path(results_dir, row).name} has no {' and '.join(sorted(missing))}")
         curves[row["env_id"], row["exp_name"]].append(columns)
     return dict(curves)
 
