@@ -339,11 +339,12 @@ def load_curves(results_dir: Path, summary: list[dict]) -> dict[tuple[str, str],
     """
     curves = defaultdict(list)
     for row in sorted(summary, key=run_order):
-        points = read_csv(curve_path(results_dir, row))
+        path = curve_path(results_dir, row)
+        points = read_csv(path)
         columns = {column: np.array([float(point[column]) for point in points]) for column in points[0]}
         needed = NEEDED_COLUMNS | {other for column, other in NEEDED_WITH.items() if column in columns}
         if missing := needed - columns.keys():
-            raise ValueError(f"{curve_path(results_dir, row).name} has no {' and '.join(sorted(missing))}")
+            raise ValueError(f"{path.name} has no {' and '.join(sorted(missing))}")
         curves[row["env_id"], row["exp_name"]].append(columns)
     return dict(curves)
 
